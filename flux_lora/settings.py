@@ -1,0 +1,95 @@
+"""What the operator chose: the only place that reads environment variables."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from flux_lora.errors import SettingsError
+
+GIB = 1024**3
+
+
+class Settings(BaseSettings):
+    """Operator's settings, each from the environment variable of its name with the prefix ``FLUX_``.
+
+    The tokens keep the names that their services' own tools use (``HF_TOKEN`` …).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FLUX_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    weights: Path = Field(default_factory=lambda: _project() / "weights")
+    """The weights directory: ``dev/``, ``schnell/``, ``lora.safetensors``, ``safety_checker/``."""
+
+    download: Annotated[tuple[Literal["dev", "schnell"], ...], NoDecode] = ()
+    """Base weights to fetch at set-up when they are missing: ``1`` for both models, or ``dev``, or ``schnell``."""
+
+    device: str = "auto"
+    """``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``."""
+
+    cpu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights on a CPU; a GPU always runs bfloat16."""
+
+    prompt_cache: int = Field(default=16, ge=0, le=4096)
+    """How many encoded prompts are kept."""
+
+    embed_parameters: bool = True
+    """Write prompt and parameters into the files; the mark that they are AI-generated is always written."""
+
+    safety_threshold: float | None = Field(default=None, ge=0, le=1)
+    """Score from which an image is withheld; unset: the calibrated threshold of the checker in use."""
+
+    adapter_cache: Path = Path.home() / ".cache" / "flux-lora" / "adapters"
+    """Where downloaded LoRAs are kept."""
+
+    adapter_cache_bytes: int = Field(default=20 * GIB, ge=0)
+    """Disk budget of that cache; the least recently used files leave first."""
+
+    adapter_memory_bytes: int = Field(default=4 * GIB, ge=0)
+    """Host memory budget of parsed LoRAs."""
+
+    adapter_max_bytes: int = Field(default=5 * GIB, gt=0)
+    """Largest LoRA file or archive that is downloaded."""
+
+    cog_weights: str | None = Field(default=None, validation_alias="COG_WEIGHTS")
+    """The fine-tune, a path or a URL; Cog's server hands it to ``setup`` itself."""
+
+    hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
+    civitai_token: SecretStr | None = Field(default=None, validation_alias="CIVITAI_TOKEN")
+    replicate_api_token: SecretStr | None = Field(default=None, validation_alias="REPLICATE_API_TOKEN")
+
+    @field_validator("download", mode="before")
+    @classmethod
+    def _models(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lower() in ("0", "false", "no", "off"):
+            return ()
+        if value.lower() in ("1", "true", "yes", "on"):
+            return ("dev", "schnell")
+        return tuple(part.strip() for part in value.split(","))
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the environment.
+
+        Raises:
+            SettingsError: a variable has a value that cannot be used; the message names it.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            problems = "; ".join(f"{_variable(p['loc'])}: {p['msg']}" for p in error.errors(include_input=False))
+            raise SettingsError(f"The environment holds settings that cannot be used: {problems}.") from None
+
+
+def _project() -> Path:
+    """The project's directory, written as short as the working directory allows."""
+    project = Path(__file__).resolve().parent.parent
+    return Path() if project == Path.cwd() else project
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    name = str(location[0])
+    return name if name.isupper() else f"FLUX_{name.upper()}"

@@ -1,0 +1,128 @@
+"""Safetensors headers, checked before any tensor is read.
+
+Format: https://github.com/huggingface/safetensors#format. A file is an 8-byte little-endian header length N, N bytes
+of JSON, and the tensors' bytes, without holes.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+class TensorFileError(ValueError):
+    """A file that is not a whole, well-formed safetensors file; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: its type's name in the format, shape, and byte range within the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors by name, and the file's free-form metadata."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; no tensor is read.
+
+    Raises:
+        TensorFileError: the file is truncated, is not safetensors, or its header contradicts itself.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise TensorFileError(f"it has only {size} bytes, too few for a safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise TensorFileError(_not_safetensors(prefix))
+        if 8 + length > size:
+            raise TensorFileError(f"it is truncated: the header should have {length} bytes, the file has {size}")
+        text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise TensorFileError(_not_safetensors(prefix)) from None
+    if not isinstance(entries, dict):
+        raise TensorFileError("its header is not a JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TensorFileError("the metadata in its header is not a map of strings")
+    tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
+    _check_layout(tensors, size - 8 - length)
+    return Header(tensors, metadata, 8 + length)
+
+
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise TensorFileError(f"the header entry of {name!r} lacks dtype, shape or data_offsets") from None
+    if dtype not in BITS:
+        raise TensorFileError(f"{name!r} has the unknown type {dtype!r}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
+        raise TensorFileError(f"{name!r} has a shape or offset that is not a whole number from 0")
+    info = TensorInfo(dtype, shape, start, stop)
+    if (stop - start) * 8 != info.elements * BITS[dtype]:
+        raise TensorFileError(f"{name!r} has {stop - start} bytes, which is not {dtype} of shape {list(shape)}")
+    return info
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            raise TensorFileError(f"{name!r} overlaps another tensor or leaves a hole before it")
+        end = info.stop
+    if end > data_bytes:
+        raise TensorFileError(f"it is truncated: its tensors need {end} bytes and {data_bytes} are there")
+    if end < data_bytes:
+        raise TensorFileError(f"{data_bytes - end} bytes follow its last tensor")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise TensorFileError("its header names a tensor twice")
+    return entries
+
+
+def _not_safetensors(prefix: bytes) -> str:
+    if prefix.startswith(b"PK"):
+        return "it is a zip or PyTorch pickle, not safetensors"
+    if prefix.startswith(b"\x80"):
+        return "it is a Python pickle, not safetensors"
+    if prefix.startswith(b"GGUF"):
+        return "it is a GGUF file, not safetensors"
+    if prefix.lstrip().startswith((b"<", b"{")):
+        return "it is a text file (perhaps an error page that was saved), not safetensors"
+    return "it is not a safetensors file"

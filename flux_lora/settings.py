@@ -19,7 +19,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="FLUX_", frozen=True, extra="ignore", env_ignore_empty=True)
 
-    weights: Path = Field(default_factory=lambda: _project() / "weights")
+    weights: Path = Path("weights")
     """The weights directory: ``dev/``, ``schnell/``, ``lora.safetensors``, ``safety_checker/``."""
 
     download: Annotated[tuple[Literal["dev", "schnell"], ...], NoDecode] = ()
@@ -82,12 +82,6 @@ class Settings(BaseSettings):
         except ValidationError as error:
             problems = "; ".join(f"{_variable(p['loc'])}: {p['msg']}" for p in error.errors(include_input=False))
             raise SettingsError(f"The environment holds settings that cannot be used: {problems}.") from None
-
-
-def _project() -> Path:
-    """The project's directory, written as short as the working directory allows."""
-    project = Path(__file__).resolve().parent.parent
-    return Path() if project == Path.cwd() else project
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -1,0 +1,258 @@
+"""Cog's real server with a predictor that fails in every way a predictor can."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import psutil
+import pytest
+
+from flux_lora import commands
+from flux_lora.commands import PROJECT
+from flux_lora.commands import serve as serve_command
+
+PREDICTOR = """
+import os, sys, time
+from cog import BaseRunner, Input
+
+mode = os.environ.get("DUMMY", "")
+if mode == "import":
+    import a_module_that_does_not_exist
+
+class Predictor(BaseRunner):
+    def setup(self, weights=None):
+        from flux_lora.errors import WeightsError
+        if mode == "refuse":
+            raise WeightsError("There are no base weights.")
+        if mode == "bug":
+            raise TypeError("not this")
+        if mode == "exit":
+            os._exit(3)
+        if mode == "wait":
+            time.sleep(60)
+
+    def run(self, prompt: str = Input(default="x")) -> str:
+        print("drawing with", os.environ["FLUX_WEIGHTS"])
+        if prompt == "exit":
+            os._exit(9)
+        if prompt == "refuse":
+            raise ValueError("not that")
+        if prompt == "sleep":
+            time.sleep(60)
+        return prompt
+"""
+
+SCHEMA = """{"openapi": "3.0.2", "info": {"title": "Cog", "version": "0.1.0"}, "paths": {}, "components": {"schemas": {
+  "Input": {"type": "object", "title": "Input", "properties": {"prompt": {"type": "string", "title": "Prompt"}}},
+  "Output": {"type": "string", "title": "Output"}}}}"""
+
+
+class Serve:
+    """``scripts/serve`` of a project, with what it has printed so far."""
+
+    def __init__(self, project, *arguments, **environment):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flux_lora.commands.serve", "--port", str(self.port), *arguments],
+            cwd=project,
+            env={name: value for name, value in os.environ.items() if not name.startswith("FLUX_")} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self._reader.start()
+
+    @property
+    def output(self):
+        return "".join(self.lines)
+
+    def wait_for(self, text):
+        deadline = time.monotonic() + 30
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            assert self.process.poll() is None, self.output
+            time.sleep(0.05)
+
+    def below(self):
+        """The server and its worker."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def worker(self):
+        (server,) = psutil.Process(self.process.pid).children()
+        (worker,) = server.children()
+        return worker
+
+    def predict(self, prompt):
+        return httpx2.post(f"{self.url}/predictions", json={"input": {"prompt": prompt}}, timeout=30)
+
+    def ended(self):
+        """The exit status, once nothing more is printed."""
+        status = self.process.wait(timeout=30)
+        self._reader.join()
+        return status
+
+
+def wait_until_gone(processes):
+    """Killed processes of others may stay behind as zombies for a moment, until they are reaped."""
+    deadline = time.monotonic() + 5
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project that is ours but for the predictor."""
+    shutil.copytree(PROJECT / "flux_lora", tmp_path / "flux_lora", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "weights" / "mini").mkdir(parents=True)
+    (tmp_path / "predict.py").write_text(PREDICTOR)
+    (tmp_path / "openapi.json").write_text(SCHEMA)
+    return tmp_path
+
+
+@pytest.fixture
+def serve(project):
+    started = []
+
+    def start(*arguments, **environment):
+        started.append(Serve(project, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for served in started:
+        if served.process.poll() is None:
+            served.process.terminate()
+        served.ended()
+
+
+def test_serves_with_the_schema_and_shows_what_the_model_prints(serve, project):
+    server = serve()
+    server.wait_for(f"Ready at {server.url}")
+    assert f"curl -s {server.url}/predictions" in server.output
+    assert server.predict("a tomato").json()["output"] == "a tomato"
+    assert server.predict(7).status_code == 422
+    assert server.predict("refuse").json()["status"] == "failed"
+    server.wait_for(f"drawing with {project}/weights/mini")
+    server.wait_for("prediction failed: ValueError: not that")
+    assert '"level"' not in server.output
+    assert server.output.count("No base weights yet") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_its_worker(serve, number):
+    server = serve()
+    server.wait_for("Ready")
+    below = server.below()
+    assert len(below) == 2
+    server.process.send_signal(number)
+    assert server.ended() == 0
+    wait_until_gone(below)
+    assert "Traceback" not in server.output
+
+
+def test_a_signal_ends_a_set_up_that_hangs(serve):
+    server = serve(DUMMY="wait")
+    while len(server.below()) < 2:
+        time.sleep(0.05)
+    below = server.below()
+    server.process.terminate()
+    assert server.ended() == 0
+    wait_until_gone(below)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("refuse", "error: There are no base weights.\n"),
+        ("bug", "error: TypeError: not this\n"),
+        (
+            "import",
+            "error: failed to load predictor: ModuleNotFoundError: No module named 'a_module_that_does_not_exist'\n",
+        ),
+        ("exit", "error: The process that draws died during set-up, perhaps killed for want of memory.\n"),
+    ],
+)
+def test_a_set_up_that_fails_ends_it_with_the_reason(serve, mode, expected):
+    server = serve(DUMMY=mode)
+    assert server.ended() == 1
+    assert server.output.endswith(expected)
+    assert "Ready" not in server.output
+
+
+def test_a_worker_that_cannot_start_ends_it(serve, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import os, sys\nif sys.argv[0] == '-c': os._exit(7)\n")
+    server = serve(PYTHONPATH=str(tmp_path / "site"))
+    assert server.ended() == 1
+    assert "error: The process that draws has died" in server.output
+
+
+def test_a_worker_that_is_killed_ends_it(serve):
+    server = serve()
+    server.wait_for("Ready")
+    server.worker().kill()
+    assert server.ended() == 1
+    assert "error: The process that draws has died" in server.output
+
+
+def test_a_worker_that_dies_of_a_request_answers_it_and_ends(serve):
+    server = serve()
+    server.wait_for("Ready")
+    assert server.predict("exit").json()["error"] == "Worker crashed"
+    assert server.ended() == 1
+    assert "error: The process that draws has died" in server.output
+
+
+def test_a_port_in_use_is_refused_in_one_sentence(serve):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = serve("--port", str(port))
+        assert server.ended() == 1
+    assert server.output == f"error: Port {port} on 127.0.0.1 is in use: choose another with --port.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--port", "0"], ["--port", "65536"], ["--port", "http"], ["--threads", "2"]])
+def test_arguments_that_mean_nothing_are_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        serve_command.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("folders", "environment", "expected"),
+    [
+        (["mini"], {}, "weights/mini"),
+        (["mini"], {"FLUX_WEIGHTS": ""}, "weights/mini"),
+        (["mini", "dev"], {}, "weights"),
+        (["mini", "schnell"], {}, "weights"),
+        ([], {}, "weights"),
+        (["mini"], {"FLUX_DOWNLOAD": "1"}, "weights"),
+        (["mini"], {"FLUX_WEIGHTS": "elsewhere"}, "here/elsewhere"),
+    ],
+)
+def test_the_miniature_serves_only_where_no_weights_were_named_or_put(
+    monkeypatch, tmp_path, capsys, folders, environment, expected
+):
+    for name in ("FLUX_WEIGHTS", "FLUX_DOWNLOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands, "PROJECT", tmp_path)
+    for folder in folders:
+        (tmp_path / "weights" / folder).mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("FLUX_WEIGHTS", environment.get("FLUX_WEIGHTS", ""))  # so that it is restored
+    commands.use_miniature_without_weights()
+    assert os.environ["FLUX_WEIGHTS"] == str(tmp_path / expected)
+    assert ("whose pictures are noise" in capsys.readouterr().err) == (expected == "weights/mini")

@@ -1,0 +1,192 @@
+"""The decisions of scripts/setup, made by the script's own functions; the whole installation is a slow test."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pip
+import pytest
+
+from flux_lora.commands import PROJECT
+
+BASH = shutil.which("bash")
+TORCH = next(line for line in (PROJECT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+WORKING = f'exec "{sys.executable}" "$@"'
+WITHOUT_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; {WORKING}'
+TOO_OLD = "exit 1"
+
+no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a CPU build of its own")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """What scripts/setup reads."""
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt", "cog.yaml"):
+        shutil.copy(PROJECT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Writes shell scripts under the names of programs, and gives their folder."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+
+    def write(scripts):
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return write
+
+
+def requirements(*files):
+    """The names that the files pin, in the spelling of Python's packaging."""
+    lines = [line for file in files for line in (PROJECT / file).read_text().splitlines()]
+    pinned = [re.fullmatch(r"([\w.-]+)==[\w.]+", line) for line in lines if line and not line.startswith(("#", "-r "))]
+    return {re.sub(r"[-_.]+", "-", match[1]).lower() for match in pinned}
+
+
+def imported(*folders):
+    """The distributions from which the code in these folders imports."""
+    distributions = packages_distributions()
+    for file in (file for folder in folders for file in PROJECT.glob(folder)):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            else:
+                continue
+            for module in modules:
+                yield from (name.replace("_", "-").lower() for name in distributions.get(module.split(".")[0], [])[:1])
+
+
+@pytest.mark.parametrize(
+    ("files", "folders"),
+    [
+        (["requirements.txt"], ["predict.py", "flux_lora/**/*.py"]),
+        (["requirements.txt", "requirements-dev.txt"], ["tests/**/*.py", "training/**/*.py", "benchmarks/**/*.py"]),
+    ],
+)
+def test_all_that_is_imported_is_pinned(files, folders):
+    assert set(imported(*folders)) - requirements(*files) - {"cog", "pip"} == set()
+
+
+def call(project, command, **environment):
+    return subprocess.run(
+        [BASH, "-c", f"source scripts/setup; requirements=(requirements.txt); {command}"],
+        cwd=project,
+        env={name: value for name, value in os.environ.items() if name != "PYTHON"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@linux
+@no_gpu
+@pytest.mark.parametrize(
+    ("scripts", "expected"),
+    [
+        ({"nvidia-smi": "exit 127"}, f"{TORCH}+cpu"),
+        ({"nvidia-smi": "echo 'No devices found.'"}, f"{TORCH}+cpu"),
+        ({"nvidia-smi": "echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'"}, TORCH),
+        ({"nvidia-smi": "exit 127", "uname": "echo Darwin"}, TORCH),
+    ],
+)
+def test_only_an_nvidia_gpu_brings_cuda(project, programs, scripts, expected):
+    path = f"{programs(scripts)}:{os.environ['PATH']}"
+    assert call(project, "choose_torch", PATH=path).stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("scripts", "chosen"),
+    [
+        ({"python3.13": WORKING, "python3.11": WORKING}, "python3.13"),
+        ({"python3.13": "exit 127", "python3.12": TOO_OLD, "python3.11": WORKING}, "python3.11"),
+        ({"python3.12": WITHOUT_VENV, "python3": WORKING}, "python3"),
+    ],
+)
+def test_takes_the_first_python_that_can_make_an_environment(project, programs, scripts, chosen):
+    folder = programs(scripts)
+    assert call(project, "find_python", PATH=str(folder)).stdout == f"{folder}/{chosen}\n"
+
+
+@pytest.mark.parametrize(
+    ("scripts", "environment", "expected"),
+    [
+        ({"python3": TOO_OLD}, {}, "Python 3.11, 3.12 or 3.13 is needed and none was found"),
+        ({"python3.12": WITHOUT_VENV}, {}, "python3.12 lacks the venv module"),
+        ({"python3": WORKING}, {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a working Python"),
+    ],
+)
+def test_says_what_is_missing_when_no_python_will_do(project, programs, scripts, environment, expected):
+    done = call(project, "find_python", PATH=str(programs(scripts)), **environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(expected)
+
+
+def installed(project, requirements):
+    """Stamp an environment as that of these requirements."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
+    call(project, f"requirements=({requirements}); describe >.venv/installed")
+
+
+@pytest.mark.parametrize("requirements", ["requirements.txt", "requirements.txt requirements-dev.txt"])
+def test_nothing_happens_when_all_is_installed(project, requirements):
+    installed(project, requirements)
+    before = (project / ".venv" / "installed").stat().st_mtime_ns
+    done = subprocess.run(["scripts/setup"], cwd=project, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (project / ".venv" / "installed").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "echo tqdm==4.0.0 >>requirements.txt",
+        "sed -i.bak 's/sdk_version:.*/sdk_version: \"0.23.2\"/' cog.yaml",
+        "choose_torch() { echo torch==2.13.0+other; }",
+        "ln -sf /no/python .venv/bin/python",
+        "rm .venv/installed",
+        "requirements+=(requirements-dev.txt)",
+        "PYTHON=/no/python",
+    ],
+)
+def test_a_change_of_what_it_depends_on_installs_again(project, change):
+    installed(project, "requirements.txt")
+    assert call(project, "is_current").returncode == 0
+    assert call(project, f"{change}; is_current").returncode == 1
+
+
+def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
+    installed(project, "requirements.txt")
+    only_pip = project / "only_pip"
+    only_pip.mkdir()
+    (only_pip / "pip").symlink_to(Path(pip.__file__).parent)
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(only_pip), "PIP_CONFIG_FILE": os.devnull}
+    done = call(project, f"choose_torch() {{ echo {TORCH}+cpu; }}; install", PYTHONPATH=str(only_pip), **nowhere)
+    assert done.returncode == 1
+    assert f"No matching distribution found for {TORCH}+cpu" in done.stderr
+    assert f"{TORCH}+cpu, PyTorch without CUDA, is not to be had" in done.stderr
+    assert f"{TORCH} " not in (project / ".venv" / "setup.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_at_once_make_one_working_environment(project):
+    both = [subprocess.Popen(["scripts/setup"], cwd=project, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sum("Set up in" in text for text in errors) == 1
+    subprocess.run([".venv/bin/python", "-m", "pip", "check"], cwd=project, check=True)
+    code = "import cog, diffusers, torch, transformers; print(torch.__version__)"
+    version = subprocess.run([".venv/bin/python", "-c", code], cwd=project, check=True, capture_output=True, text=True)
+    assert f"torch=={version.stdout.strip()}" == call(project, "choose_torch").stdout.strip()

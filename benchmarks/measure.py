@@ -1,0 +1,42 @@
+"""Side-by-side timing: all contenders take turns in one run, so that a slow minute of the machine hits each of them."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+
+import torch
+
+Contender = Callable[[int], object]
+
+
+def take_turns(contenders: Mapping[str, Contender], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; a contender is called with the round's number."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-warm_up, rounds):
+        names = list(contenders)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.perf_counter()
+            contenders[name](turn)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def table(seconds: Mapping[str, list[float]], reference: str) -> str:
+    """Median, spread and ratio to the reference's median of each contender."""
+    base = statistics.median(seconds[reference])
+    rows = [f"{'':44}{'median':>10}{'fastest':>10}{'slowest':>10}{'ratio':>8}"]
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        rows.append(f"{name:44}{median:9.3f}s{min(values):9.3f}s{max(values):9.3f}s{median / base:8.3f}")
+    return "\n".join(rows)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
+    return f"{device} ({platform.machine()}); Python {platform.python_version()}, {versions}"

@@ -1,0 +1,289 @@
+"""The story: a request -> its fine-tune merged -> images drawn -> checked -> files."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_lora import checkpoints, devices, downloads, outputs, safety
+from flux_lora.adapters.formats import Adapter
+from flux_lora.adapters.library import AdapterLibrary
+from flux_lora.adapters.merge import AdapterSet, MergedModule
+from flux_lora.adapters.sources import Sources
+from flux_lora.drawing import decode, denoise
+from flux_lora.errors import SafetyError, WeightsError
+from flux_lora.parameters import Environment, Lora, Parameters, Software
+from flux_lora.prompts import PromptEncoder, cut
+from flux_lora.request import Request
+from flux_lora.settings import Settings
+
+BUNDLED = "lora.safetensors"
+"""The fine-tune's file in a weights directory."""
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+STAGES = ("adapter", "text", "denoise", "decode", "safety", "save")
+
+Metric = int | float | list[int]
+Record = Callable[[str, Metric], None]
+Log = Callable[[str], None]
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One image after decoding, check and saving; ``path`` is None when it was withheld, and ``reason`` says why."""
+
+    seed: int
+    path: Path | None
+    reason: str
+    seconds: Seconds
+
+
+class Generator:
+    """FLUX.1 dev and schnell with a fine-tune, ready to draw; one request at a time."""
+
+    def __init__(self, settings: Settings, fine_tune: str | None = None, log: Log = print) -> None:
+        """Load the weights directory and apply the fine-tune.
+
+        Args:
+            settings: the operator's.
+            fine_tune: where the fine-tune is (``COG_WEIGHTS``); None or empty: the weights directory's own, if any.
+            log: receives one readable line at a time.
+
+        Raises:
+            FluxLoraError: set-up is impossible; the message says what is missing, and the command that helps.
+        """
+        started = time.perf_counter()
+        self._settings = settings
+        self._log = log
+        self._device = devices.choose(settings.device)
+        self._dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, settings.cpu_dtype)
+        if settings.download:
+            downloads.fetch_base(settings, settings.download)
+        loaded = checkpoints.load(settings.weights, self._device, self._dtype)
+        self._pipelines, self._fingerprints = loaded.pipelines, loaded.fingerprints
+        self._transformers = {
+            model: MergedModule("transformer", pipeline.transformer) for model, pipeline in self._pipelines.items()
+        }
+        shared = next(iter(self._pipelines.values()))
+        self._encoders = {name: MergedModule(name, getattr(shared, name)) for name in ENCODERS}
+        self._prompts = PromptEncoder(settings.prompt_cache)
+        self._checker = safety.load_checker(settings.weights, self._device, settings.safety_threshold)
+        self._outputs = outputs.Outputs()
+        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._sources = Sources.from_settings(settings)
+        self._library = AdapterLibrary(self._shapes(), settings.adapter_memory_bytes)
+        self._fine_tune = self._load_fine_tune(fine_tune)
+        for model in self._pipelines:
+            self._merge(model, _set_of(self._fine_tune, scale=1.0))
+        precision = str(self._dtype).removeprefix("torch.")
+        models = " and ".join(self._pipelines)
+        log(f"ready in {time.perf_counter() - started:.1f} s: {models} on {self._device} in {precision}")
+
+    def draw(self, request: Request, record: Record) -> list[Path]:
+        """Draw a request's images, in the order of their seeds.
+
+        The files lie in a directory of this request's own, which stays until the next request starts.
+
+        Args:
+            request: what is asked.
+            record: receives the metrics by name, also when drawing fails.
+
+        Raises:
+            FluxLoraError: the request cannot be drawn, or all of its images were withheld.
+        """
+        seconds: Seconds = dict.fromkeys(STAGES, 0.0)
+        finishing: list[Future[Finished]] = []
+        directory = self._outputs.start()
+        try:
+            pipeline = self._pipeline(request.model)
+            record("seed", request.seed)
+            self._announce(request, pipeline)
+
+            # 1. The fine-tune, merged into the weights that this request uses.
+            with _timed(seconds, "adapter"):
+                adapter = self._adapter(request.replicate_weights)
+                adapters = _set_of(adapter, request.lora_scale)
+                self._merge(request.model, adapters)
+
+            # 2. The prompt.
+            with _timed(seconds, "text"):
+                encoders = tuple(merged.state_of(adapters) for merged in self._encoders.values())
+                encoded = self._prompts.encode(pipeline, request.prompt, request.max_text_tokens, encoders)
+
+            # 3. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
+            for index, seed in enumerate(request.seeds):
+                with _timed(seconds, "denoise"):
+                    latents = denoise(
+                        pipeline,
+                        encoded,
+                        seed,
+                        request.size,
+                        steps=request.num_inference_steps,
+                        guidance=request.guidance_scale,
+                        title=f"image {index + 1}/{request.num_outputs}",
+                    )
+                path = directory / outputs.file_name(index, seed, request.output_format)
+                parameters = self._parameters(request, seed, adapter)
+                check = not request.disable_safety_checker
+                finishing.append(self._workers.submit(self._finish, pipeline, latents, path, parameters, check))
+
+            # 4. The files, in the order of the seeds.
+            finished = [_result(future) for future in finishing]
+            return self._deliver(request, finished, seconds, record)
+        except BaseException:
+            for future in finishing:
+                future.cancel()
+            self._outputs.discard()
+            raise
+        finally:
+            for stage, spent in seconds.items():
+                record(f"{stage}_seconds", round(spent, 4))
+            self._log("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+
+    def healthy(self) -> bool:
+        """Say whether the device still computes: a GPU that has failed once does not."""
+        return devices.computes(self._device)
+
+    # Set-up
+
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        transformer: dict[str, tuple[int, ...]] = {}
+        for merged in self._transformers.values():
+            transformer |= merged.shapes
+        return {"transformer": transformer, **{name: merged.shapes for name, merged in self._encoders.items()}}
+
+    def _load_fine_tune(self, fine_tune: str | None) -> Adapter | None:
+        bundled = self._settings.weights / BUNDLED
+        if fine_tune:
+            adapter = self._library.read(self._sources.fetch(fine_tune, root=None))
+        elif bundled.exists() or bundled.is_symlink():
+            adapter = self._library.read(bundled)
+        else:
+            self._log(f"fine-tune: none, so the base model alone: no {bundled}, and COG_WEIGHTS is not set")
+            return None
+        self._log(f"fine-tune: {adapter.summary}")
+        return adapter
+
+    # The parts of the story
+
+    def _pipeline(self, model: str) -> Any:
+        if model not in self._pipelines:
+            raise WeightsError(
+                f"The model {model} is not on this server. Ask for model={next(iter(self._pipelines))}, or fetch it "
+                f"with `scripts/download_weights {model}` and start again."
+            )
+        return self._pipelines[model]
+
+    def _announce(self, request: Request, pipeline: Any) -> None:
+        width, height = request.size
+        self._log(f"seed: {request.seed}")
+        self._log(
+            f"size: {width}×{height}, {request.num_outputs} × {request.model}, {request.num_inference_steps} steps"
+        )
+        for note in request.ignored:
+            self._log(note)
+        if lost := cut(pipeline.tokenizer_2, request.prompt, request.max_text_tokens):
+            self._log(lost)
+
+    def _adapter(self, source: str | None) -> Adapter | None:
+        if source is None:
+            return self._fine_tune
+        adapter = self._library.read(self._sources.fetch(source, root=self._settings.weights))
+        self._log(f"LoRA of this request: {adapter.summary}")
+        return adapter
+
+    def _merge(self, model: str, adapters: AdapterSet) -> None:
+        """Bring what the model uses to a set of adapters, and touch nothing else."""
+        used = {model: self._transformers[model], **self._encoders}
+        changed = [name for name, merged in used.items() if merged.bring(adapters)]
+        merged = ", ".join(f"{adapter.digest[:12]} at {scale:g}" for adapter, scale in adapters if scale) or "none"
+        work = f"merged into {', '.join(changed)} ({self._transformers[model].where()})" if changed else "already there"
+        self._log(f"LoRA: {merged}; {work}")
+
+    def _parameters(self, request: Request, seed: int, adapter: Adapter | None) -> Parameters:
+        width, height = request.size
+        has_guidance = self._pipelines[request.model].transformer.config.guidance_embeds
+        return Parameters(
+            prompt=request.prompt,
+            seed=seed,
+            width=width,
+            height=height,
+            model=request.model,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale if has_guidance else None,
+            lora=Lora(digest=adapter.digest, scale=request.lora_scale) if adapter else None,
+            output_format=request.output_format,
+            output_quality=None if request.output_format == "png" else request.output_quality,
+            environment=Environment(
+                base=self._fingerprints[request.model],
+                device=devices.describe(self._device),
+                dtype=str(self._dtype).removeprefix("torch."),
+                software=Software.installed(),
+            ),
+        )
+
+    def _finish(self, pipeline: Any, latents: Tensor, path: Path, parameters: Parameters, check: bool) -> Finished:
+        """On a worker: latents -> image -> checked -> file."""
+        seconds: Seconds = defaultdict(float)
+        with _timed(seconds, "decode"):
+            image = decode(pipeline, latents, (parameters.width, parameters.height))
+        if check:
+            with _timed(seconds, "safety"):
+                verdict = safety.judge(self._checker, image)
+            if not verdict.allowed:
+                return Finished(parameters.seed, None, verdict.reason, seconds)
+        with _timed(seconds, "save"):
+            outputs.save(image, path, parameters, embed=self._settings.embed_parameters)
+        return Finished(parameters.seed, path, "", seconds)
+
+    def _deliver(self, request: Request, finished: list[Finished], seconds: Seconds, record: Record) -> list[Path]:
+        for image in finished:
+            for stage, spent in image.seconds.items():
+                seconds[stage] += spent
+            if image.path is None:
+                self._log(f"withheld: the image of seed {image.seed}: {image.reason}")
+        withheld = [image.seed for image in finished if image.path is None]
+        paths = [image.path for image in finished if image.path is not None]
+        width, height = request.size
+        record("withheld_seeds", withheld)
+        record("images", len(paths))
+        record("megapixels", round(len(paths) * width * height / 1e6, 6))
+        if not paths:
+            raise SafetyError(
+                f"The safety checker withheld every image (seed {', '.join(map(str, withheld))}). Try another prompt "
+                "or another seed."
+            )
+        self._outputs.require(paths)
+        return paths
+
+
+def _set_of(adapter: Adapter | None, scale: float) -> AdapterSet:
+    return [(adapter, scale)] if adapter else []
+
+
+def _result(future: Future[Finished]) -> Finished:
+    """Wait in short turns: a prediction is cancelled by an exception, which a blocking wait would hold back."""
+    while True:
+        try:
+            return future.result(timeout=0.1)
+        except StillRunning:
+            if future.done():
+                raise
+
+
+@contextmanager
+def _timed(seconds: Seconds, stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - started

@@ -1,0 +1,185 @@
+"""``scripts/predict`` as a user calls it, but for the shell that sets up its environment."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux_lora import provenance
+from flux_lora.commands.predict import main
+from tests.conftest import MINI, ROOT
+
+SMALL = [
+    *("-i", "aspect_ratio=custom", "-i", "width=256", "-i", "height=320", "-i", "num_inference_steps=1"),
+    *("-i", "disable_safety_checker=true"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_pictures_go_to_outputs_and_never_over_another(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert main(["-i", "prompt=a tomato", "-i", "seed=7", "-i", "num_outputs=2", *SMALL]) == 0
+    paths = capsys.readouterr().out.split()
+    assert paths == [f"outputs/000{n}-seed{seed}.webp" for n, seed in ((1, 7), (2, 8), (3, 7), (4, 8))]
+    assert Path(paths[0]).read_bytes() == Path(paths[2]).read_bytes()
+    assert Image.open(paths[1]).size == (256, 320)
+
+
+def test_without_weights_the_miniature_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-i", "prompt=a tomato", *SMALL])
+    assert capsys.readouterr().err.count("weights/mini") == 1
+
+
+def test_output_names_are_those_of_cog(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for output in ("tomato.webp", "folder"):
+        assert main(["-i", "prompt=a tomato", "-i", "num_outputs=2", *SMALL, "-o", output]) == 0
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.webp"))
+    assert found == ["folder/output.0.webp", "folder/output.1.webp", "tomato.0.webp", "tomato.1.webp"]
+
+
+@pytest.mark.parametrize("spelling", ["text", "@file"])
+def test_json_in_json_out(capsys: pytest.CaptureFixture[str], spelling: str) -> None:
+    inputs = {"prompt": "a tomato", "seed": 7, "aspect_ratio": "custom", "width": 256, "height": 256}
+    text = json.dumps(inputs | {"num_inference_steps": 1})
+    Path("inputs.json").write_text(text)
+    assert main(["--json", text if spelling == "text" else "@inputs.json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["status"] == "succeeded"
+    assert answer["metrics"]["seed"] == 7
+    assert Image.open(answer["output"][0]).size == (256, 256)
+
+
+def test_a_failure_in_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", '{"prompt": "a", "num_outputs": 9}']) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["status"] == "failed"
+    assert "num_outputs" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-i", "prompt=a", "-i", "num_outputs=9"], "num_outputs must be a whole number from 1 to 4, not 9"),
+        (["-i", "prompt=a", "-i", "lora_scale=strong"], "lora_scale must be a number from -1 to 2, not 'strong'"),
+        (["-i", "prompt=a", "-i", "guidance_scale=nan"], "guidance_scale"),
+        (["-i", "prompt=a", "-i", "disable_safety_checker=maybe"], "disable_safety_checker must be true or false"),
+        (["-i", "prompt=a", "-i", "sed=7"], "Did you mean seed?"),
+        (["-i", "prompt"], "name=value"),
+        (["-i", "prompt=a", "-i", "aspect_ratio=custom"], "width and height"),
+        ([], "prompt is required"),
+        (["--json", "{"], "--json"),
+        (["--json", "@no-such-file"], "no-such-file"),
+        (["--json", "[]"], "object"),
+        (["-i", "prompt=a", "-i", "replicate_weights=@no-such-file"], "no-such-file"),
+        (["--from", "no-such-file"], "no-such-file"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+
+
+def test_a_seed_of_many_digits_arrives_exactly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-i", "prompt=a tomato", "-i", f"seed={10**23}", *SMALL]) == 0
+    assert f"seed{10**23 % 2**63}.webp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["webp", "jpg", "png"])
+def test_a_picture_is_drawn_again_from_its_file(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    inputs = ["-i", "prompt=a tomato\u0001", "-i", "seed=7", "-i", f"output_format={name}", "-i", "lora_scale=0.7"]
+    assert main([*inputs, *SMALL]) == 0
+    assert main(["--from", f"outputs/0001-seed7.{name}", "-i", "disable_safety_checker=true"]) == 0
+    assert "byte for byte" in capsys.readouterr().err
+    first, second = (Path(f"outputs/000{n}-seed7.{name}").read_bytes() for n in (1, 2))
+    assert first == second
+
+
+def test_another_scale_of_a_picture_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    assert main(["--from", "outputs/0001-seed7.webp", "-i", "lora_scale=0", "-i", "disable_safety_checker=true"]) == 0
+    assert "is not outputs/0001-seed7.webp: lora" in capsys.readouterr().err
+    lora = provenance.read(Path("outputs/0002-seed7.webp")).lora
+    assert lora is not None
+    assert lora.scale == 0
+
+
+def test_other_base_weights_are_named(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    shutil.copytree(weights / "schnell/transformer", weights / "dev/transformer", dirs_exist_ok=True)
+    monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
+    assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
+    assert "is not outputs/0001-seed7.webp" in (text := capsys.readouterr().err)
+    assert "base" in text.rsplit("is not", 1)[1]
+
+
+def test_a_lora_that_is_not_at_hand_is_refused(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    (weights / "lora.safetensors").unlink()
+    monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
+    monkeypatch.setenv("FLUX_ADAPTER_CACHE", str(weights / "cache"))
+    assert main(["--from", "outputs/0001-seed7.webp"]) == 1
+    assert "is not at hand" in capsys.readouterr().err
+
+
+def test_a_lora_under_another_name_is_found_by_its_digest(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    (weights / "lora.safetensors").rename(weights / "renamed.safetensors")
+    monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
+    assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
+    assert "byte for byte" in capsys.readouterr().err
+
+
+def test_without_parameters_a_file_cannot_be_drawn_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUX_EMBED_PARAMETERS", "0")
+    main(["-i", "prompt=a secret tomato", "-i", "seed=7", *SMALL])
+    assert b"secret" not in Path("outputs/0001-seed7.webp").read_bytes()
+    assert main(["--from", "outputs/0001-seed7.webp"]) == 1
+    assert "no parameters" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_an_error_and_never_the_miniature(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (weights / "dev/model_index.json").unlink()
+    monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
+    assert main(["-i", "prompt=a tomato"]) == 1
+    assert "model_index.json" in capsys.readouterr().err
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    code = "import sys; from flux_lora.commands.predict import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "num_inference_steps" in done.stdout
+
+
+def test_a_clean_run_prints_no_noise(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flux_lora.commands.predict", "-i", "prompt=a tomato", "-i", "seed=7", *SMALL],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "FLUX_WEIGHTS": str(MINI), "HOME": str(tmp_path)},
+        capture_output=True,
+        check=True,
+    )
+    lines = [line.split("\r")[-1] for line in done.stderr.decode().split("\n")]  # what a progress bar leaves behind
+    ours = ("fine-tune:", "LoRA:", "ready in", "seed:", "size:", "seconds:", " ")
+    assert [line for line in lines if line.strip() and not line.startswith(ours)] == []

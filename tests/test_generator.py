@@ -1,0 +1,257 @@
+"""The engine without Cog: judged by bits against fresh generators, and by diffusers and PEFT."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flux_lora import generator as story
+from flux_lora.errors import AdapterError, DrawingError, FluxLoraError, SafetyError, SettingsError, WeightsError
+from flux_lora.generator import Generator
+from flux_lora.request import Request
+from flux_lora.settings import Settings
+from tests.conftest import MINI
+
+SMALL = {
+    "aspect_ratio": "custom",
+    "width": 256,
+    "height": 256,
+    "num_inference_steps": 2,
+    "disable_safety_checker": True,
+}
+WITNESS = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
+
+
+def build(weights: Path = MINI, fine_tune: str | None = None, **settings: Any) -> Generator:
+    return Generator(Settings(weights=weights, **settings), fine_tune, log=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return build()
+
+
+def draw(generator: Generator, **inputs: Any) -> list[bytes]:
+    return [path.read_bytes() for path in generator.draw(Request.parse(**inputs), lambda *_: None)]
+
+
+def pixels(generator: Generator, **inputs: Any) -> np.ndarray:
+    (path,) = generator.draw(Request.parse(**inputs), lambda *_: None)
+    return np.asarray(Image.open(path))
+
+
+def write_lora(path: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    save_file(edit(load_file(MINI / "lora.safetensors")), path)
+    return path
+
+
+def without_lora(folder: Path) -> Path:
+    shutil.copytree(MINI, folder, ignore=shutil.ignore_patterns("lora.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (320, 448)])
+def test_the_base_picture_is_that_of_diffusers(generator: Generator, size: tuple[int, int]) -> None:
+    pipeline = FluxPipeline.from_pretrained(MINI / "dev", dtype=torch.float32)
+    expected = pipeline(
+        "a witness",
+        width=size[0],
+        height=size[1],
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]
+    inputs = {"aspect_ratio": "custom", "width": size[0], "height": size[1], "num_inference_steps": 3}
+    actual = pixels(generator, **WITNESS | inputs, guidance_scale=2.0, lora_scale=0)
+    assert np.array_equal(actual, np.asarray(expected))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("model", ["dev", "schnell"])
+def test_the_fine_tuned_picture_is_that_of_diffusers_with_peft(generator: Generator, model: str, scale: float) -> None:
+    """PEFT adds the LoRA beside the weights, so float32 rounds elsewhere: one grey level apart at most."""
+    pipeline = FluxPipeline.from_pretrained(MINI / "dev", dtype=torch.float32)
+    if model == "schnell":
+        pipeline.register_modules(transformer=type(pipeline.transformer).from_pretrained(MINI / "schnell/transformer"))
+        pipeline.register_modules(scheduler=type(pipeline.scheduler).from_pretrained(MINI / "schnell/scheduler"))
+    pipeline.load_lora_weights(MINI / "lora.safetensors", adapter_name="bundled")
+    pipeline.set_adapters("bundled", scale)
+    expected = pipeline(
+        "a witness",
+        width=256,
+        height=256,
+        num_inference_steps=2,
+        guidance_scale=3.5,
+        max_sequence_length=512 if model == "dev" else 256,
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]
+    actual = pixels(generator, **WITNESS, model=model, lora_scale=scale)
+    assert np.abs(actual.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    base = pixels(generator, **WITNESS, model=model, lora_scale=0)
+    assert np.abs(actual.astype(int) - base.astype(int)).max() > 20
+
+
+def test_scale_zero_is_the_base_model_to_the_bit(generator: Generator, tmp_path: Path) -> None:
+    base = build(without_lora(tmp_path / "weights"))
+    assert np.array_equal(pixels(base, **WITNESS), pixels(generator, **WITNESS, lora_scale=0))
+    assert not np.array_equal(pixels(base, **WITNESS), pixels(generator, **WITNESS))
+
+
+def test_a_fine_tune_of_clip_alone_is_in_the_key_of_the_prompt(tmp_path: Path) -> None:
+    """The same prompt at two scales: what was remembered of one must not serve the other."""
+    path = write_lora(
+        tmp_path / "clip.safetensors",
+        lambda tensors: {name: tensor * 10 for name, tensor in tensors.items() if name.startswith("text_encoder.")},
+    )
+    used = build(fine_tune=str(path))
+    first = {scale: draw(used, **WITNESS, lora_scale=scale) for scale in (1.0, 0.2, 0.0)}
+    assert len({files[0] for files in first.values()}) == 3
+    for scale in (0.2, 0.0, 1.0):
+        assert draw(used, **WITNESS, lora_scale=scale) == first[scale]
+        assert draw(build(fine_tune=str(path)), **WITNESS, lora_scale=scale) == first[scale]
+
+
+def test_dev_and_schnell_keep_their_own_states(generator: Generator) -> None:
+    """Alternating with different scales, each as on a fresh generator; the shared encoders follow along."""
+    wanted = [("dev", 1.0), ("schnell", 0.3), ("dev", -0.5), ("schnell", 0.3), ("dev", 1.0), ("schnell", 1.0)]
+    fresh = {pair: draw(build(), **WITNESS, model=pair[0], lora_scale=pair[1]) for pair in dict.fromkeys(wanted)}
+    for model, scale in wanted:
+        assert draw(generator, **WITNESS, model=model, lora_scale=scale) == fresh[model, scale]
+
+
+def test_a_request_touches_only_what_it_uses(generator: Generator) -> None:
+    draw(generator, **WITNESS, model="schnell", lora_scale=0.25)
+    before = generator._transformers["schnell"].state
+    draw(generator, **WITNESS, model="dev", lora_scale=0.75)
+    assert generator._transformers["schnell"].state == before
+
+
+@pytest.mark.parametrize("size", [(256, 256), (1392, 256), (272, 304), (1040, 1008)])
+def test_sizes_off_the_grid_are_the_centre_of_the_next_larger(generator: Generator, size: tuple[int, int]) -> None:
+    width, height = size
+    asked = {"aspect_ratio": "custom", "width": width, "height": height, "num_inference_steps": 1}
+    actual = pixels(generator, **WITNESS | asked)
+    larger = {"width": -(-width // 64) * 64, "height": -(-height // 64) * 64}
+    whole = pixels(generator, **WITNESS | asked | larger)
+    top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
+    assert np.array_equal(actual, whole[top : top + height, left : left + width])
+
+
+def test_a_failure_in_the_middle_leaves_no_file_and_no_trace(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = draw(generator, **WITNESS)
+    home = generator._outputs._home
+    calls = iter(range(3))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return denoise(*arguments, **options)
+
+    denoise = story.denoise
+    monkeypatch.setattr(story, "denoise", failing)
+    with pytest.raises(KeyboardInterrupt):
+        draw(generator, **WITNESS | {"seed": 50}, num_outputs=4, lora_scale=0.4)
+    monkeypatch.undo()
+    generator._workers.submit(int).result()  # the worker has ended what it had begun
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+    assert draw(generator, **WITNESS) == before
+
+
+def test_metrics_are_recorded_when_drawing_fails(generator: Generator) -> None:
+    metrics: dict[str, Any] = {}
+    request = Request.parse(**WITNESS, replicate_weights="no-such-file.safetensors")
+    with pytest.raises(AdapterError):
+        generator.draw(request, metrics.__setitem__)
+    assert metrics["seed"] == 7
+    assert "adapter_seconds" in metrics
+
+
+def test_a_picture_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    path = write_lora(
+        tmp_path / "huge.safetensors",
+        lambda tensors: {name: (tensor.float() * 1e25) for name, tensor in tensors.items() if "transformer." in name},
+    )
+    with pytest.raises(DrawingError, match="seed 7.*not finite"):
+        draw(build(fine_tune=str(path)), **WITNESS)
+
+
+def test_the_absent_model_is_refused_with_the_command_that_fetches_it(weights: Path) -> None:
+    shutil.rmtree(weights / "schnell")
+    with pytest.raises(WeightsError, match="schnell is not on this server.*scripts/download_weights schnell"):
+        draw(build(weights), **WITNESS, model="schnell")
+
+
+def test_withheld_images_leave_the_others(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = WITNESS | {"disable_safety_checker": False, "num_outputs": 3}
+    metrics: dict[str, Any] = {}
+    scores = iter([0.0, 1.0, 0.0])
+    monkeypatch.setattr(generator._checker, "score", lambda _: next(scores), raising=True)
+    paths = generator.draw(Request.parse(**checked), metrics.__setitem__)
+    assert [path.name for path in paths] == ["0-seed7.png", "2-seed9.png"]
+    assert metrics["withheld_seeds"] == [8]
+    assert metrics["images"] == 2
+
+
+def test_a_checker_that_cannot_run_withholds(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Image.Image) -> float:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(generator._checker, "score", broken)
+    with pytest.raises(SafetyError, match="seed 7"):
+        draw(generator, **WITNESS | {"disable_safety_checker": False})
+    assert draw(generator, **WITNESS)
+
+
+def test_healthy(generator: Generator) -> None:
+    assert generator.healthy()
+
+
+FINE_TUNES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda p: p.write_bytes((MINI / "lora.safetensors").read_bytes()[:-10]), "truncated"),
+    "text": (lambda p: p.write_text("<html>"), "not.* safetensors"),
+    "shapes": (lambda p: write_lora(p, lambda ts: {n: torch.zeros(8, 8) for n in ts}), "shape"),
+    "nan": (lambda p: write_lora(p, lambda ts: {n: t * float("nan") for n, t in ts.items()}), "NaN|finite"),
+    "keys": (lambda p: write_lora(p, lambda ts: ts | {"what.is.this": torch.zeros(1)}), r"what\.is\.this"),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["COG_WEIGHTS", "bundled"])
+@pytest.mark.parametrize("case", FINE_TUNES)
+def test_a_fine_tune_that_cannot_be_applied_fails_set_up(weights: Path, case: str, named: bool) -> None:
+    make, reason = FINE_TUNES[case]
+    path = weights / ("mine.safetensors" if named else "lora.safetensors")
+    make(path)
+    with pytest.raises(FluxLoraError, match=f"{path.name}.*{reason}|{reason}.*{path.name}"):
+        build(weights, str(path) if named else None)
+
+
+def test_a_named_fine_tune_that_is_missing_fails_set_up(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"gone\.safetensors"):
+        build(fine_tune=str(tmp_path / "gone.safetensors"))
+
+
+def test_a_bundled_fine_tune_that_is_a_broken_link_fails_set_up(weights: Path) -> None:
+    (weights / "lora.safetensors").unlink()
+    (weights / "lora.safetensors").symlink_to(weights / "gone.safetensors")
+    with pytest.raises(FluxLoraError, match=r"lora\.safetensors"):
+        build(weights)
+
+
+def test_the_base_model_alone_says_so(tmp_path: Path) -> None:
+    lines: list[str] = []
+    Generator(Settings(weights=without_lora(tmp_path / "weights")), log=lines.append)
+    assert any("base model alone" in line for line in lines)
+
+
+def test_an_impossible_device_is_a_setting_that_is_named() -> None:
+    with pytest.raises(SettingsError, match="FLUX_DEVICE=cuda:77"):
+        build(device="cuda:77")

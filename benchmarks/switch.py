@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _switch(ours: Any, theirs: Any, files: list[Path], rounds: int, rank: int) -> bool:
-    merged = MergedModule("transformer", ours)
+    merged = MergedModule("transformer", ours, {})
     adapters = [read(file, {"transformer": merged.shapes}) for file in files]
     tensors = [load_file(file) for file in files]
 
@@ -91,7 +91,7 @@ def _switch(ours: Any, theirs: Any, files: list[Path], rounds: int, rank: int) -
 def _steps(ours: Any, theirs: Any, rounds: int, device: str) -> bool:
     with TemporaryDirectory() as folder:
         (file, _) = _loras(ours, 16, Path(folder))
-        merged = MergedModule("transformer", ours)
+        merged = MergedModule("transformer", ours, {})
         merged.bring([(read(file, {"transformer": merged.shapes}), 1.0)])
     tokens, text, dtype = 256, 64, torch.bfloat16
     inputs = {

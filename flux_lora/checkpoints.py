@@ -6,13 +6,16 @@ that can be checked without reading a tensor is checked first, so that damage is
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 from flux_lora import devices
@@ -23,6 +26,7 @@ from flux_lora.tensor_files import TensorFileError, read_header
 MODELS = ("dev", "schnell")
 OWN = ("transformer", "scheduler")
 SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+ADAPTABLE = ("text_encoder", "text_encoder_2", "transformer")
 NETWORKS = ("text_encoder", "text_encoder_2", "vae", "transformer")
 
 CLASSES = {
@@ -34,6 +38,9 @@ CLASSES = {
     "tokenizer_2": transformers.T5TokenizerFast,
 }
 """What FLUX.1 is made of; the VAE's class is what ``model_index.json`` names."""
+
+OLDER_CLIP_PREFIX = "text_model."
+"""Files of CLIP that transformers 4 wrote, FLUX.1's own among them, have it; the module's parameters do not."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 
@@ -60,10 +67,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The pipelines that can serve, by model, and the fingerprint of the base weights each of them draws with."""
+    """What a weights directory holds, by model."""
 
     pipelines: Mapping[str, Any]
+    """A FluxPipeline each; the shared components are the same objects."""
     fingerprints: Mapping[str, str]
+    """Of the base weights that each draws with."""
+    stored: Mapping[str, Mapping[str, Mapping[str, Callable[[], Tensor]]]]
+    """Of each component, how to read a parameter's base weights once more from its file."""
 
 
 def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoints:
@@ -81,7 +92,11 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoin
         model: diffusers.FluxPipeline(**{name: loaded[part.folder] for name, part in components.items()})
         for model, components in layout.items()
     }
-    return Checkpoints(pipelines, {model: _fingerprint(components.values()) for model, components in layout.items()})
+    return Checkpoints(
+        pipelines,
+        {model: _fingerprint(components.values()) for model, components in layout.items()},
+        {model: {name: dict(_stored(components[name])) for name in ADAPTABLE} for model, components in layout.items()},
+    )
 
 
 def inspect(directory: Path) -> dict[str, dict[str, Part]]:
@@ -262,6 +277,19 @@ def _refuse(part: Part, problem: str, keys: Iterable[object]) -> None:
         raise WeightsError(
             f"{part.folder} does not hold what its config.json describes: {problem}: {', '.join(names[:3])}{more}."
         )
+
+
+def _stored(part: Part) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Each tensor of a part's files by the name of its parameter, mapped when it is read, and not before."""
+
+    def read(file: Path, key: str) -> Tensor:
+        with safe_open(file, framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(key)
+            return tensor
+
+    for file in part.files:
+        for key in read_header(file).tensors:
+            yield key.removeprefix(OLDER_CLIP_PREFIX), partial(read, file, key)
 
 
 def _fingerprint(parts: Iterable[Part]) -> str:

@@ -71,10 +71,13 @@ class Generator:
         loaded = checkpoints.load(settings.weights, self._device, self._dtype)
         self._pipelines, self._fingerprints = loaded.pipelines, loaded.fingerprints
         self._transformers = {
-            model: MergedModule("transformer", pipeline.transformer) for model, pipeline in self._pipelines.items()
+            model: MergedModule("transformer", pipeline.transformer, loaded.stored[model]["transformer"])
+            for model, pipeline in self._pipelines.items()
         }
-        shared = next(iter(self._pipelines.values()))
-        self._encoders = {name: MergedModule(name, getattr(shared, name)) for name in ENCODERS}
+        model, shared = next(iter(self._pipelines.items()))
+        self._encoders = {
+            name: MergedModule(name, getattr(shared, name), loaded.stored[model][name]) for name in ENCODERS
+        }
         self._prompts = PromptEncoder(settings.prompt_cache)
         self._checker = safety.load_checker(settings.weights, self._device, settings.safety_threshold)
         self._outputs = outputs.Outputs()

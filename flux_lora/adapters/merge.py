@@ -6,7 +6,7 @@ weights, so it depends on nothing but the adapters and scales in it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from flux_lora import devices
 from flux_lora.adapters.deltas import Delta, Update
 from flux_lora.adapters.formats import Adapter
 
+HOST = torch.device("cpu")
+
 AdapterSet = Sequence[tuple[Adapter, float]]
 State = tuple[tuple[str, float], ...]
 """What is merged into a module: (digest, scale) in order of the digests; empty: the base model."""
@@ -23,8 +25,10 @@ State = tuple[tuple[str, float], ...]
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a weight that are merged at a time: on a CPU what stays in its cache, elsewhere all of them."""
 
-KEPT_FREE_BYTES = 4 * 2**30
-"""Device memory that pristine weights leave to the work of a prediction."""
+KEPT_FREE_BYTES = {"cuda": 4 * 2**30, "cpu": 2**30}
+"""Memory that pristine weights leave to the work of a prediction, on a device and in the host."""
+
+ReadPristine = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,18 @@ class Contribution:
 class MergedModule:
     """A module whose weights hold a set of adapters, and can be brought to any other set."""
 
-    def __init__(self, component: str, module: torch.nn.Module) -> None:
+    def __init__(self, component: str, module: torch.nn.Module, stored: Mapping[str, ReadPristine]) -> None:
+        """Take a module that holds the base weights.
+
+        Args:
+            component: the adapters' name for it: transformer, text_encoder or text_encoder_2.
+            module: changed in place from now on, and by nothing else.
+            stored: read a parameter's base weights once more from its file, for where memory has no room to keep them.
+        """
         self._component = component
         self._parameters = dict(module.named_parameters())
-        self._pristine: dict[str, Tensor] = {}  # of every parameter that is, or may be, changed
+        self._stored = stored
+        self._pristine: dict[str, Tensor | ReadPristine] = {}  # of every parameter that is, or may be, changed
         self._state: State | None = ()  # None while a merge is under way: what was interrupted is never served
 
     @property
@@ -73,7 +85,7 @@ class MergedModule:
         contributions = self._contributions(adapters)
         with torch.no_grad():
             for name in self._pristine.keys() - contributions.keys():
-                self._parameters[name].copy_(self._pristine[name])
+                self._parameters[name].copy_(self._read_pristine(name))
             for group in _groups(contributions):
                 self._merge_group({name: contributions[name] for name in group})
         for name in self._pristine.keys() - contributions.keys():
@@ -83,11 +95,12 @@ class MergedModule:
 
     def where(self) -> str:
         """Where the pristine weights live, for the log."""
-        bytes_by_device: dict[str, int] = defaultdict(int)
-        for tensor in self._pristine.values():
-            bytes_by_device[str(tensor.device)] += tensor.nbytes
-        places = ", ".join(f"{size / 2**20:,.0f} MiB on {device}" for device, size in sorted(bytes_by_device.items()))
-        return f"{len(self._pristine)} pristine weights kept: {places}" if places else "no pristine weights kept"
+        sizes: dict[str, int] = defaultdict(int)
+        for name, kept in self._pristine.items():
+            place = f"on {kept.device}" if isinstance(kept, Tensor) else "in their files"
+            sizes[place] += self._parameters[name].nbytes
+        places = ", ".join(f"{size / 2**20:,.0f} MiB {place}" for place, size in sorted(sizes.items()))
+        return f"pristine: {places}" if places else "all pristine"
 
     def _updates(self, adapter: Adapter) -> list[Update]:
         updates = adapter.updates.get(self._component, ())
@@ -107,7 +120,7 @@ class MergedModule:
         """Merge parameters that share updates: an update over a fused projection is computed once for its parts."""
         bound: dict[int, Delta] = {}
         for name, items in contributions.items():
-            parameter, pristine = self._parameters[name], self._keep(name)
+            parameter, pristine = self._parameters[name], self._read_pristine(name)
             for item in items:
                 if id(item.update) not in bound:
                     bound[id(item.update)] = self._bind(item.update, parameter.device)
@@ -126,23 +139,31 @@ class MergedModule:
 
     def _bind(self, update: Update, device: torch.device) -> Delta:
         def pristine() -> Tensor:
-            return torch.cat(
-                [self._keep(r.parameter)[r.start : r.stop].to(device, torch.float32) for r in update.target]
-            )
+            parts = [self._read_pristine(rows.parameter)[rows.start : rows.stop] for rows in update.target]
+            return torch.cat([part.to(device, torch.float32) for part in parts])
 
         return update.delta(device, pristine)
 
-    def _keep(self, name: str) -> Tensor:
+    def _read_pristine(self, name: str) -> Tensor:
+        """The base weights of a parameter, kept from before its first change on."""
         if name not in self._pristine:
-            self._pristine[name] = self._copy(self._parameters[name])
-        return self._pristine[name]
+            self._pristine[name] = self._keep(name)
+        kept = self._pristine[name]
+        return kept if isinstance(kept, Tensor) else kept().to(self._parameters[name].dtype)
 
-    def _copy(self, parameter: Tensor) -> Tensor:
-        device = parameter.device
-        if device.type == "cpu" or devices.free_memory(device) - parameter.nbytes > KEPT_FREE_BYTES:
-            return parameter.detach().clone()
-        host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
-        return host.copy_(parameter.detach())
+    def _keep(self, name: str) -> Tensor | ReadPristine:
+        """Keep base weights where measured memory allows: on their device, else in pinned host memory, else on disk."""
+        parameter = self._parameters[name].detach()
+        if _has_room(parameter.device, parameter.nbytes):
+            return parameter.clone()
+        if name in self._stored and not _has_room(HOST, parameter.nbytes):
+            return self._stored[name]
+        pinned = parameter.device.type == "cuda"
+        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=pinned).copy_(parameter)
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    return devices.free_memory(device) - size > KEPT_FREE_BYTES[device.type]
 
 
 def _groups(contributions: Mapping[str, Iterable[Contribution]]) -> Iterator[list[str]]:

@@ -2,14 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_lora import checkpoints
+from flux_lora import checkpoints, devices
 from flux_lora.adapters import deltas, merge
 from flux_lora.adapters.formats import Adapter, read
 from flux_lora.adapters.merge import MergedModule
@@ -25,7 +24,7 @@ def load(dtype: torch.dtype) -> torch.nn.Module:
 
 
 def merged(module: torch.nn.Module) -> MergedModule:
-    return MergedModule("transformer", module)
+    return MergedModule("transformer", module, {})
 
 
 def bits(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -125,7 +124,7 @@ def test_the_current_state_costs_nothing(adapters: list[Adapter], monkeypatch: p
 def test_scale_zero_and_foreign_components_are_the_base_state(adapters: list[Adapter]) -> None:
     state = merged(load(torch.float32))
     assert not state.bring([(adapters[0], 0.0)])
-    assert not MergedModule("text_encoder", load(torch.float32)).bring([(adapters[0], 1.0)])
+    assert not MergedModule("text_encoder", load(torch.float32), {}).bring([(adapters[0], 1.0)])
 
 
 class Interrupted(BaseException):
@@ -133,7 +132,7 @@ class Interrupted(BaseException):
 
 
 @pytest.fixture
-def interruptible(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Raises when the number in the list has been counted down to zero by merged blocks."""
     countdown = [-1]
     original = deltas.LowRank.delta
@@ -145,7 +144,7 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return original(self, *arguments)
 
     monkeypatch.setattr(deltas.LowRank, "delta", delta)
-    yield countdown
+    return countdown
 
 
 def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interruptible: list[int]) -> None:
@@ -178,6 +177,32 @@ def test_interrupted_while_restoring(adapters: list[Adapter], monkeypatch: pytes
     monkeypatch.undo()
     state.bring([])
     assert same_bits(module, pristine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_memory_pristine_weights_are_read_from_their_files(
+    adapters: list[Adapter], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = checkpoints.load(MINI, CPU, dtype)
+    module, kept = loaded.pipelines["dev"].transformer, load(dtype)
+    pristine = bits(module)
+    state, reference = MergedModule("transformer", module, loaded.stored["dev"]["transformer"]), merged(kept)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 0)
+    for wanted in ([(adapters[0], 1.0)], [(adapters[1], 0.3), (adapters[2], 2.0)], [(adapters[0], -1.0)]):
+        state.bring(wanted)
+        reference.bring(wanted)
+        assert same_bits(module, bits(kept))
+    assert "in their files" in state.where()
+    assert "on cpu" in reference.where()  # which has no files to read from
+    state.bring([])
+    assert same_bits(module, pristine)
+
+
+@pytest.mark.parametrize("component", checkpoints.ADAPTABLE)
+def test_every_parameter_can_be_read_again(component: str) -> None:
+    loaded = checkpoints.load(MINI, CPU, torch.bfloat16)
+    for name, parameter in getattr(loaded.pipelines["dev"], component).named_parameters():
+        assert torch.equal(loaded.stored["dev"][component][name](), parameter)
 
 
 def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:

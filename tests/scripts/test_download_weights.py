@@ -306,9 +306,28 @@ def test_set_up_opens_no_connection_where_the_models_are_present(hub, settings, 
         downloads.fetch_base(settings)
 
 
-def run_script(*arguments, **environment):
+def test_set_up_fetches_what_is_missing_and_draws(hub, tmp_path, monkeypatch):
+    """FLUX_DOWNLOAD from nothing to a picture: the Hub has the miniature in dev's place."""
+    mini = PROJECT / "weights" / "mini" / "dev"
+    content = {str(path.relative_to(mini)): path.read_bytes() for path in mini.rglob("*") if path.is_file()}
+    monkeypatch.setitem(REPOSITORIES, DEV, content)
+    small = ("aspect_ratio=custom", "width=256", "height=256", "num_inference_steps=1", "seed=7", "prompt=a tomato")
+    done = run_script(
+        *(word for value in small for word in ("-i", value)),
+        *("-o", str(tmp_path / "picture.webp")),
+        command="predict",
+        FLUX_WEIGHTS=str(tmp_path / "weights"),
+        FLUX_DOWNLOAD="dev",
+        HF_ENDPOINT=hub.endpoint,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "base model alone" in done.stderr
+    assert (tmp_path / "picture.0.webp").stat().st_size > 1000
+
+
+def run_script(*arguments, command="download_weights", **environment):
     return subprocess.run(
-        [sys.executable, "-m", "flux_lora.commands.download_weights", *arguments],
+        [sys.executable, "-m", f"flux_lora.commands.{command}", *arguments],
         cwd=PROJECT,
         env=os.environ | environment,
         capture_output=True,

@@ -1,0 +1,175 @@
+"""The mathematics of adapters: what each algorithm adds to a weight.
+
+Every update is a lazily computed ΔW with W' = W + s·ΔW for any scale s, computed in float32 whatever type the file has.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of dimension 0 of one parameter of a served module."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+class Delta(Protocol):
+    """ΔW on one device."""
+
+    def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
+        """Add scale · ΔW[start:stop] to ``out``: float32, on the delta's device, with stop − start rows."""
+
+
+class Update(Protocol):
+    """ΔW of one weight as its trainer lays it out."""
+
+    @property
+    def target(self) -> tuple[Rows, ...]:
+        """Where the rows of ΔW lie, in the trainer's order: a fused qkv covers three parameters."""
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        """Bind ΔW to a device.
+
+        Args:
+            device: where ``add_rows`` will compute.
+            pristine: gives the target rows of the base weights, concatenated, float32, on that device; called only
+                when ΔW depends on them.
+        """
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA (https://arxiv.org/abs/2106.09685): ΔW = factor · up @ down, with up (out, r) and down (r, in)."""
+
+    target: tuple[Rows, ...]
+    up: Tensor
+    down: Tensor
+    factor: float
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        return _LowRankDelta(_float32(self.up, device), _float32(self.down, device), self.factor)
+
+
+@dataclass(frozen=True)
+class Full:
+    """A difference stored whole: ΔW = value, a matrix (out, in), or a vector for a bias or a norm."""
+
+    target: tuple[Rows, ...]
+    value: Tensor
+    factor: float = 1.0
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        return _DenseDelta(_float32(self.value, device), self.factor)
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """LoHa (https://arxiv.org/abs/2108.06098): ΔW = factor · w1 ∘ w2.
+
+    w1 and w2 are (out, in), each given by the low-rank matrices whose product it is.
+    """
+
+    target: tuple[Rows, ...]
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    factor: float
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        return _DenseDelta(_product(self.w1, device) * _product(self.w2, device), self.factor)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """LoKr (https://arxiv.org/abs/2309.14859): ΔW = factor · w1 ⊗ w2.
+
+    w1 (a, c) and w2 (b, d), each a matrix or low-rank matrices whose product it is, give ΔW (a·b, c·d).
+    """
+
+    target: tuple[Rows, ...]
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    factor: float
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        return _DenseDelta(torch.kron(_product(self.w1, device), _product(self.w2, device)), self.factor)
+
+
+Direction = LowRank | Full | Hadamard | Kronecker
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """DoRA (https://arxiv.org/abs/2402.09353): ΔW = m · (W + V) / ‖W + V‖ − W, where V is the ``direction``'s ΔW.
+
+    m is (out, 1) and the norm that of each row, or m is (1, in) and the norm that of each column, over all target rows
+    together. This is what trainers compute at strength 1. At other scales s we serve W + s·ΔW, as for every other
+    algorithm, where PEFT and LyCORIS scale V or (m / ‖…‖ − 1) inside the formula.
+    """
+
+    direction: Direction
+    magnitude: Tensor
+    epsilon: float
+
+    @property
+    def target(self) -> tuple[Rows, ...]:
+        return self.direction.target
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        weight = pristine()
+        moved = weight.clone()
+        self.direction.delta(device, pristine).add_rows(moved, 0, len(moved), 1.0)
+        norm = torch.linalg.vector_norm(moved, dim=1 if self.magnitude.shape[1] == 1 else 0, keepdim=True)
+        ratio = _float32(self.magnitude, device) / (norm + self.epsilon)
+        return _DenseDelta(moved.mul_(ratio).sub_(weight), 1.0)
+
+
+@dataclass(frozen=True)
+class _LowRankDelta:
+    up: Tensor
+    down: Tensor
+    factor: float
+
+    def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
+        with _full_float32():
+            out.addmm_(self.up[start:stop], self.down, alpha=scale * self.factor)
+
+
+@dataclass(frozen=True)
+class _DenseDelta:
+    value: Tensor
+    factor: float
+
+    def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
+        out.add_(self.value[start:stop], alpha=scale * self.factor)
+
+
+def _float32(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device).to(torch.float32)
+
+
+def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    with _full_float32():
+        return reduce(torch.matmul, (_float32(factor, device) for factor in factors))
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep TF32 and bfloat16 out of float32 products, whatever another library has allowed."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # made late
+    allowed = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +64,11 @@ def main() -> None:
     things = [name for name in icons["icons"] if name.isalpha()]
     checker = OpenNsfw(threshold=1)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scored = pool.map(lambda thing: _scores(checker, thing, _render(icons, thing)), things)
+        scored = pool.map(lambda thing: _scores(checker, icons, thing), things)
         scores = sorted((score for group in tqdm(scored, total=len(things)) for score in group), reverse=True)
     _report(scores, len(things))
     for score in _hardest(scores) if options.save else ():
-        _draw(_render(icons, score.thing), *score[2:]).save(options.save / f"{score.title}.png", optimize=True)
+        _draw(icons, *score[1:]).save(options.save / f"{score.title}.webp", lossless=True)
 
 
 def _options() -> argparse.Namespace:
@@ -77,30 +78,34 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _scores(checker: OpenNsfw, thing: str, drawing: Image.Image) -> list[Score]:
+def _scores(checker: OpenNsfw, icons: dict, thing: str) -> list[Score]:
     return [
-        Score(checker.score(_draw(drawing, background, canvas, focus)), thing, background, canvas, focus)
+        Score(checker.score(_draw(icons, thing, background, canvas, focus)), thing, background, canvas, focus)
         for background in BACKGROUNDS
         for canvas in CANVASES
         for focus in FOCUS
     ]
 
 
-def _draw(drawing: Image.Image, background: str, canvas: str, focus: str) -> Image.Image:
+def _draw(icons: dict, thing: str, background: str, canvas: str, focus: str) -> Image.Image:
     width, height = CANVASES[canvas]
     side = min(width, height)
+    drawing = Image.open(io.BytesIO(_render(_svg(icons, thing), side))).convert("RGBA")
     picture = Image.new("RGBA", (width, height), BACKGROUNDS[background])
-    picture.alpha_composite(drawing.resize((side, side)), ((width - side) // 2, (height - side) // 2))
+    picture.alpha_composite(drawing, ((width - side) // 2, (height - side) // 2))
     return picture.convert("RGB").filter(ImageFilter.GaussianBlur(FOCUS[focus]))
 
 
-def _render(icons: dict, thing: str) -> Image.Image:
+def _svg(icons: dict, thing: str) -> str:
     icon = icons["icons"][thing]
     box = f"0 0 {icon.get('width', icons['width'])} {icon.get('height', icons['height'])}"
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    drawing = f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
-    rendered = resvg_py.svg_to_bytes(svg_string=drawing, width=512, height=512, skip_system_fonts=True)
-    return Image.open(io.BytesIO(bytes(rendered))).convert("RGBA")
+    return f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
+
+
+@lru_cache(maxsize=64)
+def _render(svg: str, side: int) -> bytes:
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
 
 
 def _report(scores: list[Score], things: int) -> None:

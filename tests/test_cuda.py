@@ -66,6 +66,6 @@ def test_merged_weights_are_the_formula_in_float64(monkeypatch: pytest.MonkeyPat
             up, down, base = lora[f"{key}.lora_B.weight"], lora[f"{key}.lora_A.weight"], pristine[name].double()
             largest = torch.maximum(base.abs(), 0.7 * (up.abs() @ down.abs()))
             ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** largest.clamp_min(1e-30).log2().floor()
-            assert ((weight.double() - (base + 0.7 * up @ down)).abs() <= ulp).all()
+            assert ((weight.double() - (base + 0.7 * up @ down)).abs() <= 1.001 * ulp).all()  # float32 decides ties
     merged.bring([])
     assert all(torch.equal(tensor, pristine[name]) for name, tensor in module.state_dict().items())

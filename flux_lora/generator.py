@@ -104,6 +104,23 @@ class Generator:
             FluxLoraError: the request cannot be drawn, or all of its images were withheld.
         """
         seconds: Seconds = dict.fromkeys(STAGES, 0.0)
+        try:
+            return self._draw(request, record, seconds)
+        except BaseException:
+            self._outputs.discard()
+            raise
+        finally:
+            for stage, spent in seconds.items():
+                record(f"{stage}_seconds", round(spent, 4))
+            self._log("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+
+    def healthy(self) -> bool:
+        """Say whether the device still computes: a GPU that has failed once does not."""
+        return devices.computes(self._device)
+
+    # The story
+
+    def _draw(self, request: Request, record: Record, seconds: Seconds) -> list[Path]:
         finishing: list[Future[Finished]] = []
         directory = self._outputs.start()
         try:
@@ -142,19 +159,9 @@ class Generator:
             # 4. The files, in the order of the seeds.
             finished = [_result(future) for future in finishing]
             return self._deliver(request, finished, seconds, record)
-        except BaseException:
+        finally:
             for future in finishing:
                 future.cancel()
-            self._outputs.discard()
-            raise
-        finally:
-            for stage, spent in seconds.items():
-                record(f"{stage}_seconds", round(spent, 4))
-            self._log("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
-
-    def healthy(self) -> bool:
-        """Say whether the device still computes: a GPU that has failed once does not."""
-        return devices.computes(self._device)
 
     # Set-up
 
@@ -176,7 +183,7 @@ class Generator:
         self._log(f"fine-tune: {adapter.summary}")
         return adapter
 
-    # The parts of the story
+    # Parts of the story
 
     def _pipeline(self, model: str) -> Any:
         if model not in self._pipelines:
@@ -223,7 +230,7 @@ class Generator:
             model=request.model,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale if has_guidance else None,
-            lora=Lora(digest=adapter.digest, scale=request.lora_scale) if adapter else None,
+            lora=Lora(digest=adapter.digest, scale=request.lora_scale) if adapter and request.lora_scale else None,
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,
             environment=Environment(

@@ -1,4 +1,4 @@
-"""``scripts/predict``: one prediction by the ``Predictor`` that Cog serves, with the inputs and options of ``cog predict``."""
+"""``scripts/predict``: one prediction by the ``Predictor`` that Cog serves, called as ``cog predict`` is."""
 
 import argparse
 import base64
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flux_lora import provenance, redraw
-from flux_lora.commands import use_miniature_without_weights
 from flux_lora.adapters.sources import Sources
+from flux_lora.commands import use_miniature_without_weights
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.parameters import Parameters
 from flux_lora.request import Request, documented_inputs

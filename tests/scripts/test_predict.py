@@ -165,7 +165,7 @@ def test_damaged_weights_are_an_error_and_never_the_miniature(
     assert "model_index.json" in capsys.readouterr().err
 
 
-def test_help_is_quick(tmp_path: Path) -> None:
+def test_help_is_quick() -> None:
     code = "import sys; from flux_lora.commands.predict import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

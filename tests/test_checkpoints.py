@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from flux_lora import checkpoints, devices
+from flux_lora import checkpoints, devices, layout
 from flux_lora.errors import DeviceMemoryError, WeightsError
 from tests.conftest import MINI
 from training import random_weights
@@ -55,6 +55,22 @@ DAMAGES = {
     "a broken vocabulary": (
         lambda w: truncate(w / "dev/tokenizer_2/tokenizer.json"),
         "dev/tokenizer_2 cannot be loaded as T5Tokenizer",
+    ),
+    "fewer layers than the file has": (
+        lambda w: edit_json(w / "dev/text_encoder_2/config.json", num_layers=1),
+        "dev/text_encoder_2 does not hold.*not part of it",
+    ),
+    "a scheduler of no class": (
+        lambda w: (w / "schnell/scheduler/scheduler_config.json").write_text("{}"),
+        "does not hold what it should.*_class_name",
+    ),
+    "an index without files": (
+        lambda w: (w / "dev/transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
+        "does not hold what it should.*weight_map",
+    ),
+    "no VAE named": (
+        lambda w: edit_json(w / "dev/model_index.json", vae=None),
+        "does not hold what it should|names a VAE",
     ),
     "no index": (lambda w: (w / "dev/model_index.json").unlink(), "dev is not a complete pipeline.*model_index.json"),
     "broken JSON": (lambda w: (w / "dev/vae/config.json").write_text("{"), "vae/config.json cannot be read"),
@@ -109,6 +125,22 @@ def test_damaged_weights_are_refused_with_file_and_reason(weights: Path, damage:
         checkpoints.load(weights, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("odd", ["file", "link"])
+def test_a_model_that_is_no_directory_is_damage_and_not_absence(weights: Path, odd: str) -> None:
+    shutil.rmtree(weights / "schnell")
+    (weights / "schnell").touch() if odd == "file" else (weights / "schnell").symlink_to("unmounted")
+    with pytest.raises(WeightsError, match="schnell is not a directory"):
+        checkpoints.load(weights, CPU, torch.float32)
+
+
+def test_another_version_of_a_shared_network_is_named(weights: Path) -> None:
+    shutil.copytree(weights / "dev/text_encoder_2", weights / "schnell/text_encoder_2")
+    shutil.copytree(weights / "dev/vae", weights / "schnell/vae")
+    edit_tensors(weights / "schnell/text_encoder_2/model.safetensors", lambda t: t["shared.weight"].add_(1))
+    (note,) = checkpoints.load(weights, CPU, torch.float32).notes
+    assert "schnell/text_encoder_2 is not the same as" in note
+
+
 def test_no_base_weights_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"neither dev/ nor schnell/.*scripts/download_weights dev schnell"):
         checkpoints.load(tmp_path, CPU, torch.float32)
@@ -117,7 +149,7 @@ def test_no_base_weights_names_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("absent", ["dev", "schnell"])
 def test_one_model_may_be_absent(weights: Path, absent: str) -> None:
     if absent == "dev":
-        for name in (*checkpoints.SHARED, "model_index.json"):
+        for name in (*layout.SHARED, "model_index.json"):
             shutil.move(weights / "dev" / name, weights / "schnell" / name)
     shutil.rmtree(weights / absent)
     (present,) = {"dev", "schnell"} - {absent}
@@ -127,12 +159,12 @@ def test_one_model_may_be_absent(weights: Path, absent: str) -> None:
 def test_schnell_alone_needs_the_shared_components(weights: Path) -> None:
     shutil.rmtree(weights / "dev")
     with pytest.raises(WeightsError, match="schnell is not a complete pipeline"):
-        checkpoints.inspect(weights)
+        layout.inspect(weights)
 
 
 def test_both_models_share_one_copy() -> None:
     pipelines = checkpoints.load(MINI, CPU, torch.float32).pipelines
-    for name in checkpoints.SHARED:
+    for name in layout.SHARED:
         assert getattr(pipelines["dev"], name) is getattr(pipelines["schnell"], name)
     assert pipelines["dev"].transformer is not pipelines["schnell"].transformer
 
@@ -141,7 +173,7 @@ def test_both_models_share_one_copy() -> None:
 def test_weights_are_those_that_diffusers_loads(dtype: torch.dtype) -> None:
     ours = checkpoints.load(MINI, CPU, dtype).pipelines["dev"]
     theirs = FluxPipeline.from_pretrained(MINI / "dev", dtype=dtype)
-    for name in checkpoints.NETWORKS:
+    for name in layout.NETWORKS:
         expected = getattr(theirs, name).state_dict()
         actual = getattr(ours, name).state_dict()
         assert actual.keys() == expected.keys()

@@ -1,9 +1,16 @@
 """The device that draws: choosing it, naming it, and how much memory it has left."""
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import psutil
 import torch
 
 from flux_lora.errors import SettingsError
+
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def choose(name: str) -> torch.device:
@@ -14,10 +21,10 @@ def choose(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SettingsError(f"FLUX_DEVICE={name} cannot be used: take auto, cpu, cuda or cuda:N.")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu, cuda and cuda:N are served")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -33,10 +40,21 @@ def describe(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device; what a container may use counts as the host's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min([int(psutil.virtual_memory().available), *_container_memory()])
+
+
+def _container_memory() -> Iterator[int]:
+    """What is left of the memory limit of this process's control group, if it has one (cgroup v2, then v1)."""
+    for folder, limit, used in (("", "memory.max", "memory.current"), ("memory", *CGROUP_V1)):
+        try:
+            most, now = (int((CGROUP / folder / name).read_text()) for name in (limit, used))
+        except (OSError, ValueError):  # no such group, or the limit is "max"
+            continue
+        yield max(0, most - now)
 
 
 def computes(device: torch.device) -> bool:

@@ -47,8 +47,8 @@ def denoise(
     ).images
     if not torch.isfinite(tokens).all():
         raise DrawingError(
-            f"The image of seed {seed} cannot be drawn: the model's output is not finite. A lora_scale nearer to 0, or "
-            "another LoRA, may help."
+            f"The image of seed {seed} cannot be drawn: the model's output is not finite. Try lora_scale=0: if that is "
+            "drawn, the LoRA is at fault, and if not, the base weights are damaged."
         )
     return unpack(tokens, rows, columns)
 

@@ -18,10 +18,11 @@ from flux_lora.adapters.formats import Adapter
 from flux_lora.adapters.library import AdapterLibrary
 from flux_lora.adapters.merge import AdapterSet, MergedModule
 from flux_lora.adapters.sources import Sources
+from flux_lora.adapters.sources.spelling import label
 from flux_lora.drawing import decode, denoise
-from flux_lora.errors import SafetyError, WeightsError
+from flux_lora.errors import DeviceMemoryError, SafetyError, WeightsError
 from flux_lora.parameters import Environment, Lora, Parameters, Software
-from flux_lora.prompts import PromptEncoder, cut
+from flux_lora.prompts import PromptEncoder, readable
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 
@@ -67,8 +68,10 @@ class Generator:
         self._device = devices.choose(settings.device)
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, settings.cpu_dtype)
         if settings.download:
-            downloads.fetch_base(settings, settings.download)
+            downloads.fetch_base(settings, settings.download, log)
         loaded = checkpoints.load(settings.weights, self._device, self._dtype)
+        for note in loaded.notes:
+            log(note)
         self._pipelines, self._fingerprints = loaded.pipelines, loaded.fingerprints
         self._transformers = {
             model: MergedModule("transformer", pipeline.transformer, loaded.stored[model]["transformer"])
@@ -104,15 +107,20 @@ class Generator:
             FluxLoraError: the request cannot be drawn, or all of its images were withheld.
         """
         seconds: Seconds = dict.fromkeys(STAGES, 0.0)
+        finishing: list[Future[Finished]] = []
+        record("seed", request.seed)
         try:
-            return self._draw(request, record, seconds)
-        except BaseException:
+            return self._draw(request, seconds, finishing)
+        except BaseException as error:
             self._outputs.discard()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise DeviceMemoryError(
+                    f"{self._device} ran out of memory: {devices.free_memory(self._device) / 2**30:.1f} GiB are free "
+                    "now. Ask for a smaller size, or run the service on a larger device."
+                ) from error
             raise
         finally:
-            for stage, spent in seconds.items():
-                record(f"{stage}_seconds", round(spent, 4))
-            self._log("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
+            self._account(request, seconds, finishing, record)
 
     def healthy(self) -> bool:
         """Say whether the device still computes: a GPU that has failed once does not."""
@@ -120,48 +128,55 @@ class Generator:
 
     # The story
 
-    def _draw(self, request: Request, record: Record, seconds: Seconds) -> list[Path]:
-        finishing: list[Future[Finished]] = []
+    def _draw(self, request: Request, seconds: Seconds, finishing: list[Future[Finished]]) -> list[Path]:
         directory = self._outputs.start()
-        try:
-            pipeline = self._pipeline(request.model)
-            record("seed", request.seed)
-            self._announce(request, pipeline)
+        pipeline = self._pipeline(request.model)
+        self._announce(request)
 
-            # 1. The fine-tune, merged into the weights that this request uses.
-            with _timed(seconds, "adapter"):
-                adapter = self._adapter(request.replicate_weights)
-                adapters = _set_of(adapter, request.lora_scale)
-                self._merge(request.model, adapters)
+        # 1. The fine-tune, merged into the weights that this request uses.
+        with _timed(seconds, "adapter"):
+            adapter = self._adapter(request.replicate_weights)
+            adapters = _set_of(adapter, request.lora_scale)
+            self._merge(request.model, adapters)
 
-            # 2. The prompt.
-            with _timed(seconds, "text"):
-                encoders = tuple(merged.state_of(adapters) for merged in self._encoders.values())
-                encoded = self._prompts.encode(pipeline, request.prompt, request.max_text_tokens, encoders)
+        # 2. The prompt.
+        with _timed(seconds, "text"):
+            encoders = tuple(merged.state_of(adapters) for merged in self._encoders.values())
+            text, lost = readable(pipeline.tokenizer_2, request.prompt, request.max_text_tokens)
+            if lost:
+                self._log(f"T5 reads {request.max_text_tokens} tokens; cut off are the prompt's last {lost}")
+            encoded = self._prompts.encode(pipeline, text, request.max_text_tokens, encoders)
 
-            # 3. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
-            for index, seed in enumerate(request.seeds):
-                with _timed(seconds, "denoise"):
-                    latents = denoise(
-                        pipeline,
-                        encoded,
-                        seed,
-                        request.size,
-                        steps=request.num_inference_steps,
-                        guidance=request.guidance_scale,
-                        title=f"image {index + 1}/{request.num_outputs}",
-                    )
-                path = directory / outputs.file_name(index, seed, request.output_format)
-                parameters = self._parameters(request, seed, adapter)
-                check = not request.disable_safety_checker
-                finishing.append(self._workers.submit(self._finish, pipeline, latents, path, parameters, check))
-
-            # 4. The files, in the order of the seeds.
-            finished = [_result(future) for future in finishing]
-            return self._deliver(request, finished, seconds, record)
-        finally:
+        # 3. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
+        for index, seed in enumerate(request.seeds):
+            with _timed(seconds, "denoise"):
+                latents = denoise(
+                    pipeline,
+                    encoded,
+                    seed,
+                    request.size,
+                    steps=request.num_inference_steps,
+                    guidance=request.guidance_scale,
+                    title=f"image {index + 1}/{request.num_outputs}",
+                )
+            path = directory / outputs.file_name(index, seed, request.output_format)
+            parameters = self._parameters(request, seed, adapter)
+            check = not request.disable_safety_checker
+            finishing.append(self._workers.submit(self._finish, pipeline, latents, path, parameters, check))
             for future in finishing:
-                future.cancel()
+                if future.done():
+                    future.result()  # a full disk is not worth another image
+
+        # 4. The files, in the order of the seeds.
+        finished = [_result(future) for future in finishing]
+        paths = [image.path for image in finished if image.path]
+        if not paths:
+            raise SafetyError(
+                f"The safety checker withheld every image (seed {', '.join(map(str, request.seeds))}). Try another "
+                "prompt or another seed."
+            )
+        self._outputs.require(paths)
+        return paths
 
     # Set-up
 
@@ -174,7 +189,9 @@ class Generator:
     def _load_fine_tune(self, fine_tune: str | None) -> Adapter | None:
         bundled = self._settings.weights / BUNDLED
         if fine_tune:
-            adapter = self._library.read(self._sources.fetch(fine_tune, root=None))
+            here = self._settings.weights / fine_tune
+            source = str(here) if here.is_file() else fine_tune
+            adapter = self._library.read(self._sources.fetch(source, root=None), label(fine_tune))
         elif bundled.exists() or bundled.is_symlink():
             adapter = self._library.read(bundled)
         else:
@@ -193,7 +210,7 @@ class Generator:
             )
         return self._pipelines[model]
 
-    def _announce(self, request: Request, pipeline: Any) -> None:
+    def _announce(self, request: Request) -> None:
         width, height = request.size
         self._log(f"seed: {request.seed}")
         self._log(
@@ -201,13 +218,13 @@ class Generator:
         )
         for note in request.ignored:
             self._log(note)
-        if lost := cut(pipeline.tokenizer_2, request.prompt, request.max_text_tokens):
-            self._log(lost)
+        if request.model == "dev" and not self._has_guidance("dev"):
+            self._log("guidance_scale is ignored: the dev model of this server has no guidance input")
 
     def _adapter(self, source: str | None) -> Adapter | None:
         if source is None:
             return self._fine_tune
-        adapter = self._library.read(self._sources.fetch(source, root=self._settings.weights))
+        adapter = self._library.read(self._sources.fetch(source, root=self._settings.weights), label(source))
         self._log(f"LoRA of this request: {adapter.summary}")
         return adapter
 
@@ -219,9 +236,11 @@ class Generator:
         work = f"merged into {', '.join(changed)} ({self._transformers[model].where()})" if changed else "already there"
         self._log(f"LoRA: {merged}; {work}")
 
+    def _has_guidance(self, model: str) -> bool:
+        return bool(self._pipelines[model].transformer.config.guidance_embeds)
+
     def _parameters(self, request: Request, seed: int, adapter: Adapter | None) -> Parameters:
         width, height = request.size
-        has_guidance = self._pipelines[request.model].transformer.config.guidance_embeds
         return Parameters(
             prompt=request.prompt,
             seed=seed,
@@ -229,7 +248,7 @@ class Generator:
             height=height,
             model=request.model,
             num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale if has_guidance else None,
+            guidance_scale=request.guidance_scale if self._has_guidance(request.model) else None,
             lora=Lora(digest=adapter.digest, scale=request.lora_scale) if adapter and request.lora_scale else None,
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,
@@ -255,29 +274,30 @@ class Generator:
             outputs.save(image, path, parameters, embed=self._settings.embed_parameters)
         return Finished(parameters.seed, path, "", seconds)
 
-    def _deliver(self, request: Request, finished: list[Finished], seconds: Seconds, record: Record) -> list[Path]:
+    def _account(self, request: Request, seconds: Seconds, finishing: list[Future[Finished]], record: Record) -> None:
+        """Record what was done, also of a request that failed half-way, and take back what was not begun."""
+        finished = [future.result() for future in finishing if not future.cancel() and _succeeded(future)]
         for image in finished:
             for stage, spent in image.seconds.items():
                 seconds[stage] += spent
-            if image.path is None:
+            if not image.path:
                 self._log(f"withheld: the image of seed {image.seed}: {image.reason}")
-        withheld = [image.seed for image in finished if image.path is None]
-        paths = [image.path for image in finished if image.path is not None]
+        images = sum(image.path is not None for image in finished)
         width, height = request.size
-        record("withheld_seeds", withheld)
-        record("images", len(paths))
-        record("megapixels", round(len(paths) * width * height / 1e6, 6))
-        if not paths:
-            raise SafetyError(
-                f"The safety checker withheld every image (seed {', '.join(map(str, withheld))}). Try another prompt "
-                "or another seed."
-            )
-        self._outputs.require(paths)
-        return paths
+        record("withheld_seeds", [image.seed for image in finished if not image.path])
+        record("images", images)
+        record("megapixels", round(images * width * height / 1e6, 6))
+        for stage, spent in seconds.items():
+            record(f"{stage}_seconds", round(spent, 4))
+        self._log("seconds: " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items()))
 
 
 def _set_of(adapter: Adapter | None, scale: float) -> AdapterSet:
     return [(adapter, scale)] if adapter else []
+
+
+def _succeeded(future: Future[Finished]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _result(future: Future[Finished]) -> Finished:

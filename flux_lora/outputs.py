@@ -112,6 +112,10 @@ class Outputs:
         """
         self.discard()
         try:
+            if not self._home.is_dir():  # something that cleans temporary directories took it
+                self._home.mkdir(mode=0o700)
+                os.close(self._lock)
+                self._lock = _lock(self._home)
             return Path(tempfile.mkdtemp(dir=self._home))
         except OSError as error:
             raise _no_directory(self._home, error) from error
@@ -125,7 +129,7 @@ class Outputs:
         interruption: BaseException | None = None
         for _ in range(REMOVAL_ATTEMPTS):
             try:
-                leftovers = list(self._home.iterdir())
+                leftovers = list(self._home.iterdir()) if self._home.is_dir() else []
                 for leftover in leftovers:
                     shutil.rmtree(leftover, ignore_errors=True)
                 if not leftovers:

@@ -1,8 +1,10 @@
 """Prompt -> text embeddings, kept for the next request with the same prompt."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,12 +48,23 @@ class PromptEncoder:
         return encoded
 
 
-def cut(tokenizer: Any, prompt: str, limit: int) -> str | None:
-    """Say what T5 does not read of a prompt that is longer than ``limit`` tokens; None when it reads all."""
-    encoding = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-    total, kept = len(encoding["input_ids"]), limit - 1  # the last token is the end mark
-    if total <= limit:
-        return None
-    rest = prompt[encoding["offset_mapping"][kept][0] :]
+def readable(tokenizer: Any, prompt: str, limit: int) -> tuple[str, str]:
+    """What is enough to encode of a prompt, and which part of it T5 does not read within ``limit`` tokens.
+
+    T5 splits a text at its spaces and gives each word at least one token, so a beginning of more words than tokens are
+    read encodes as the whole prompt does. Megabytes of text are not worth tokenizing.
+
+    Returns:
+        A beginning of the prompt; and a phrase for the log, empty when T5 reads all of it.
+    """
+    enough = prompt
+    if (words := list(islice(re.finditer(r"\S+", prompt), limit + 1))) and len(words) > limit:
+        beginning = prompt[: words[-1].end()]
+        if len(tokenizer(beginning, verbose=False).input_ids) > limit:  # a word of deleted characters alone has none
+            enough = beginning
+    encoding = tokenizer(enough, return_offsets_mapping=True, verbose=False)
+    if len(encoding["input_ids"]) <= limit:
+        return prompt, ""
+    rest = prompt[encoding["offset_mapping"][limit - 1][0] :]  # the last token that is read is the end mark
     shown = rest if len(rest) <= SHOWN_CHARACTERS else f"{rest[:SHOWN_CHARACTERS]}…"
-    return f"T5 reads {kept} of the prompt's {total - 1} tokens; cut off are its last {len(rest)} characters: {shown!r}"
+    return enough, f"{len(rest)} characters: {shown!r}"

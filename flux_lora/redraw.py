@@ -1,6 +1,7 @@
 """A picture of ours -> the inputs and the fine-tune that draw it again."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def fine_tune_of(parameters: Parameters, settings: Settings, sources: Sources) -
     if parameters.lora is None:
         return None
     digest = parameters.lora.digest
-    for path in _at_hand(digest, settings, sources):
-        with path.open("rb") as file:
+    for path in filter(Path.is_file, _at_hand(digest, settings, sources)):
+        with suppress(OSError), path.open("rb") as file:
             if file_digest(file, "sha256").hexdigest() == digest:
-                return str(path)
+                return str(path.absolute())
     raise SourceError(
         f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
         f"{settings.weights}, or name it with COG_WEIGHTS."
@@ -53,6 +54,9 @@ def fine_tune_of(parameters: Parameters, settings: Settings, sources: Sources) -
 def _at_hand(digest: str, settings: Settings, sources: Sources) -> Iterator[Path]:
     if settings.cog_weights:
         yield sources.fetch(settings.cog_weights, root=None)
-    yield from sorted(settings.weights.glob("*.safetensors"))
     if cached := sources.cached(digest):
         yield cached
+    base = [settings.weights / name for name in ("dev", "schnell", "safety_checker")]
+    for path in sorted(settings.weights.rglob("*.safetensors")):
+        if not any(path.is_relative_to(folder) for folder in base):
+            yield path

@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            problems = "; ".join(f"{_variable(p['loc'])}: {p['msg']}" for p in error.errors(include_input=False))
+            problems = "; ".join(f"{_variable(p['loc'])}={p['input']!s:.60}: {p['msg']}" for p in error.errors())
             raise SettingsError(f"The environment holds settings that cannot be used: {problems}.") from None
 
 

@@ -1,6 +1,7 @@
 """The engine without Cog: judged by bits against fresh generators, and by diffusers and PEFT."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux_lora import generator as story
-from flux_lora.errors import AdapterError, DrawingError, FluxLoraError, SafetyError, SettingsError, WeightsError
+from flux_lora.errors import (
+    AdapterError,
+    DeviceMemoryError,
+    DrawingError,
+    FluxLoraError,
+    SafetyError,
+    SettingsError,
+    WeightsError,
+)
 from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.settings import Settings
@@ -211,6 +220,98 @@ def test_a_checker_that_cannot_run_withholds(generator: Generator, monkeypatch: 
     assert draw(generator, **WITNESS)
 
 
+def test_what_was_done_is_recorded_when_a_later_image_fails(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics: dict[str, Any] = {}
+    lines: list[str] = []
+    calls = iter(range(3))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            generator._workers.submit(int).result()  # the two images before are finished
+            raise DrawingError("no")
+        return denoise(*arguments, **options)
+
+    denoise = story.denoise
+    monkeypatch.setattr(story, "denoise", failing)
+    monkeypatch.setattr(generator, "_log", lines.append)
+    scores = iter([0.0, 1.0])
+    monkeypatch.setattr(generator._checker, "score", lambda _: next(scores))
+    with pytest.raises(DrawingError):
+        generator.draw(
+            Request.parse(**WITNESS | {"disable_safety_checker": False, "num_outputs": 3}), metrics.__setitem__
+        )
+    assert metrics["withheld_seeds"] == [8]
+    assert metrics["seed"] == 7
+    assert metrics["decode_seconds"] > 0
+    assert any("seed 8" in line for line in lines)
+
+
+def test_one_image_is_finished_while_the_next_is_denoised(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first decode waits for the second denoising to begin: run one after the other, they would wait for ever."""
+    second = threading.Event()
+    denoised = iter(range(2))
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        if next(denoised) == 1:
+            second.set()
+        return denoise(*arguments, **options)
+
+    def waiting(*arguments: Any) -> Any:
+        assert second.wait(20)
+        return decode(*arguments)
+
+    denoise, decode = story.denoise, story.decode
+    monkeypatch.setattr(story, "denoise", counting)
+    monkeypatch.setattr(story, "decode", waiting)
+    assert len(draw(generator, **WITNESS, num_outputs=2)) == 2
+
+
+def test_a_known_prompt_is_not_encoded_again(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(generator, **WITNESS | {"prompt": "a known one"})
+    for pipeline in generator._pipelines.values():
+        monkeypatch.setattr(pipeline, "encode_prompt", None)
+    # FluxPipeline passes through what it is given by the same method.
+    passing = type(generator._pipelines["dev"]).encode_prompt
+    for pipeline in generator._pipelines.values():
+
+        def only_given(*arguments: Any, pipeline: Any = pipeline, **options: Any) -> Any:
+            assert options["prompt_embeds"] is not None
+            return passing(pipeline, *arguments, **options)
+
+        monkeypatch.setattr(pipeline, "encode_prompt", only_given)
+    assert draw(generator, **WITNESS | {"prompt": "a known one"})
+
+
+def test_what_has_no_effect_is_logged(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(generator, "_log", lines.append)
+    asked = {"prompt": "a", "width": 256, "model": "schnell", "guidance_scale": 9, "num_inference_steps": 1}
+    generator.draw(Request.parse(**asked), lambda *_: None)
+    assert sum("ignored" in line for line in lines) == 2
+
+
+def test_the_type_on_a_cpu_is_a_setting(generator: Generator) -> None:
+    narrow = build(cpu_dtype="bfloat16")
+    assert narrow._pipelines["dev"].transformer.dtype == torch.bfloat16
+    assert draw(narrow, **WITNESS) != draw(generator, **WITNESS)
+
+
+def test_out_of_memory_is_said_with_the_numbers(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+    before = draw(generator, **WITNESS)
+    monkeypatch.setattr(story, "denoise", exhausted)
+    with pytest.raises(DeviceMemoryError, match="cpu ran out of memory: .* GiB are free"):
+        draw(generator, **WITNESS)
+    monkeypatch.undo()
+    assert draw(generator, **WITNESS) == before
+
+
 def test_healthy(generator: Generator) -> None:
     assert generator.healthy()
 
@@ -232,6 +333,11 @@ def test_a_fine_tune_that_cannot_be_applied_fails_set_up(weights: Path, case: st
     make(path)
     with pytest.raises(FluxLoraError, match=f"{path.name}.*{reason}|{reason}.*{path.name}"):
         build(weights, str(path) if named else None)
+
+
+def test_a_fine_tune_may_be_named_as_in_the_weights_directory(weights: Path) -> None:
+    (weights / "lora.safetensors").rename(weights / "mine.safetensors")
+    assert build(weights, "mine.safetensors")._fine_tune is not None
 
 
 def test_a_named_fine_tune_that_is_missing_fails_set_up(tmp_path: Path) -> None:

@@ -291,12 +291,16 @@ def test_a_place_without_room_is_an_error(tmp_path: Path) -> None:
         outputs.Outputs(tmp_path / "missing")
 
 
-def test_a_home_that_vanished_is_an_error(files: outputs.Outputs) -> None:
-    files.start()
-    shutil.rmtree(files._home)
-    files.discard()
-    with pytest.raises(OutputError, match=r"No directory for images can be made in .*outputs-.*: No such file"):
-        files.start()
+def test_a_home_that_was_cleaned_away_is_made_again(tmp_path: Path) -> None:
+    first, second = outputs.Outputs(tmp_path), outputs.Outputs(tmp_path)
+    shutil.rmtree(first._home)
+    (first.start() / "picture").touch()
+    outputs.Outputs(tmp_path).close()  # sweeps what has no living owner
+    assert (first._home / "..").resolve() == tmp_path
+    assert list(first._home.rglob("picture"))
+    first.close()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 RUNNER = """

@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxPipeline
 
 from flux_lora import checkpoints
-from flux_lora.prompts import PromptEncoder, cut
+from flux_lora.prompts import PromptEncoder, readable
 from tests.conftest import MINI
 
 
@@ -61,9 +61,19 @@ def test_capacity_zero_keeps_nothing(counted: SimpleNamespace) -> None:
 def test_what_t5_cuts_is_said(pipeline: FluxPipeline, length: int, lost: int) -> None:
     """The miniature's T5 reads a leading space, one token for each character and the end mark."""
     prompt = "".join(chr(ord("a") + i % 26) for i in range(length))
-    note = cut(pipeline.tokenizer_2, prompt, 256)
-    if not lost:
-        assert note is None
-    else:
-        assert note is not None
-        assert f"its last {lost} characters: {prompt[-lost:][:200]!r}"[:-1] in note
+    text, note = readable(pipeline.tokenizer_2, prompt, 256)
+    assert text == prompt
+    assert note == (f"{lost} characters: {prompt[-lost:][:200] + '…' * (lost > 200)!r}" if lost else "")
+
+
+@pytest.mark.parametrize("word", ["tomato", "é", "\u200b", "\u0001"])
+def test_a_beginning_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline, word: str) -> None:
+    prompt = " ".join(f"{word}{i}" for i in range(3000))
+    text, note = readable(pipeline.tokenizer_2, prompt, 512)
+    assert len(text) < len(prompt) / 4
+    assert len(prompt) - len(text) < int(note.split()[0]) < len(prompt)
+    whole = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=512)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipeline.encode_prompt(prompt=text, prompt_2=None, max_sequence_length=512), whole, strict=True)
+    )

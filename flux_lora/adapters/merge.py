@@ -158,8 +158,15 @@ class MergedModule:
             return parameter.clone()
         if name in self._stored and not _has_room(HOST, parameter.nbytes):
             return self._stored[name]
-        pinned = parameter.device.type == "cuda"
-        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=pinned).copy_(parameter)
+        return _host_memory(parameter).copy_(parameter)
+
+
+def _host_memory(parameter: Tensor) -> Tensor:
+    """Room for a parameter in host memory, pinned for a GPU if the system lets that be."""
+    try:
+        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.device.type == "cuda")
+    except RuntimeError:
+        return torch.empty(parameter.shape, dtype=parameter.dtype)
 
 
 def _has_room(device: torch.device, size: int) -> bool:

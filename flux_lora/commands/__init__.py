@@ -18,8 +18,10 @@ def weights_directory(settings: Settings) -> Path:
     return settings.weights.absolute() if "weights" in settings.model_fields_set else PROJECT / "weights"
 
 
-def use_miniature_without_weights() -> None:
-    """Set ``FLUX_WEIGHTS`` for this process and its children: to the miniature where there are no base weights yet.
+def prepare_environment() -> None:
+    """Make paths in the environment absolute, for this process and its children elsewhere, and choose the weights.
+
+    ``FLUX_WEIGHTS`` becomes the miniature where there are no base weights yet.
 
     A weights directory that is named, or that holds ``dev/`` or ``schnell/``, is used as it is, damaged or not; one
     that set-up will fill (``FLUX_DOWNLOAD``) too.
@@ -31,7 +33,7 @@ def use_miniature_without_weights() -> None:
     weights = weights_directory(settings)
     if "weights" not in settings.model_fields_set and not settings.download:
         miniature = weights / "mini"
-        if miniature.is_dir() and not any((weights / model).exists() for model in ("dev", "schnell")):
+        if miniature.is_dir() and not any(os.path.lexists(weights / model) for model in ("dev", "schnell")):
             weights = miniature
             print(
                 "No base weights yet: drawing with weights/mini, a tiny random model whose pictures are noise. "
@@ -39,3 +41,7 @@ def use_miniature_without_weights() -> None:
                 file=sys.stderr,
             )
     os.environ["FLUX_WEIGHTS"] = str(weights)
+    if settings.cog_weights and Path(settings.cog_weights).exists():
+        os.environ["COG_WEIGHTS"] = str(Path(settings.cog_weights).absolute())
+    if "adapter_cache" in settings.model_fields_set:
+        os.environ["FLUX_ADAPTER_CACHE"] = str(settings.adapter_cache.absolute())

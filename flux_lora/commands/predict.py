@@ -2,17 +2,19 @@
 
 import argparse
 import base64
+import errno
 import json
-import shutil
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flux_lora import provenance, redraw
 from flux_lora.adapters.sources import Sources
-from flux_lora.commands import use_miniature_without_weights
+from flux_lora.commands import prepare_environment
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.parameters import Parameters
 from flux_lora.request import Request, documented_inputs
@@ -37,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _predict(options)
     except FluxLoraError as error:
-        if options.json is not None:
-            _write_json({"status": "failed", "error": str(error)}, options.output)
         print(f"error: {error}", file=sys.stderr)
+        if options.json is not None and not isinstance(error, OutputError):
+            _write_json({"status": "failed", "error": str(error)}, options.output)
         return 1
     except KeyboardInterrupt:
         print("stopped: no picture was kept", file=sys.stderr)
@@ -51,9 +53,11 @@ def _predict(options: argparse.Namespace) -> int:
     source = None
     if options.source:
         source = provenance.read(options.source)
+        original = options.source.read_bytes()
         inputs = redraw.inputs_of(source) | inputs
-    request = Request.parse(**inputs)  # bad input is refused before anything is loaded
-    use_miniature_without_weights()
+    request = Request.parse(**inputs)  # bad input, and no place for the output, are refused before anything is loaded
+    _require_place(options.output or OUTPUTS / "picture")
+    prepare_environment()
 
     from flux_lora.settings import Settings
     from predict import Predictor
@@ -74,9 +78,10 @@ def _predict(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):
         predictor.setup(fine_tune)
         files = [Path(file) for file in predictor.run(**request.model_dump())]
-    written = [_keep(file, target) for file, target in zip(files, _targets(options, files), strict=False)]
-    if source and settings.embed_parameters:
-        _compare(options.source, source, written[0])
+    written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
+    if source:
+        same = written[0].read_bytes() == original
+        print(f"{written[0]}: {'byte for byte' if same else _difference(source, written[0])}", file=sys.stderr)
     if options.json is None:
         print(*written, sep="\n")
     else:
@@ -143,7 +148,7 @@ def _json_inputs(text: str) -> dict[str, Any]:
         elif text.startswith("@"):
             text = Path(text[1:]).read_text()
         inputs = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"--json: {error}.") from None
     if not isinstance(inputs, dict):
         raise RequestError("--json takes an object of inputs.")
@@ -157,43 +162,73 @@ def _data_uri(path: Path) -> str:
         raise RequestError(f"replicate_weights: {error}.") from None
 
 
-def _targets(options: argparse.Namespace, files: Sequence[Path]) -> Iterator[Path]:
-    """Where each file goes: PATH.0.webp … for ``-o PATH`` as Cog names them, else the next free number in outputs/."""
-    if options.output is None:
-        OUTPUTS.mkdir(exist_ok=True)
-        taken = [int(path.name[:4]) for path in OUTPUTS.iterdir() if path.name[:4].isdigit()]
-        for number, file in enumerate(files, start=max(taken, default=0) + 1):
-            yield OUTPUTS / f"{number:04}-{file.name.partition('-')[2]}"
-    else:
-        stem = options.output / "output" if options.output.is_dir() else options.output.with_suffix("")
-        for index, file in enumerate(files):
-            yield stem.with_name(f"{stem.name}.{index}{file.suffix}")
-
-
-def _keep(file: Path, target: Path) -> Path:
+def _require_place(path: Path) -> None:
+    folder = path if path.is_dir() else path.parent
     try:
-        return Path(shutil.copyfile(file, target))
+        if folder == OUTPUTS:
+            folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+            raise PermissionError(errno.EACCES, "it is not a folder that can be written to")
+    except OSError as error:
+        raise OutputError(f"No picture can be put into {folder}: {error.strerror}.") from None
+
+
+def _keep_numbered(files: Sequence[Path]) -> list[Path]:
+    """Copy files into outputs/ under the next free numbers, never over another file."""
+    numbers = (re.match(r"([0-9]+)-", path.name) for path in OUTPUTS.iterdir())
+    number = max((int(found[1]) for found in numbers if found), default=0)
+    written = []
+    for file in files:
+        while True:
+            number += 1
+            target = OUTPUTS / f"{number:04}-{file.name.partition('-')[2]}"
+            if not any(OUTPUTS.glob(f"{number:04}-*")) and _copied(file, target, "xb"):
+                break
+        written.append(target)
+    return written
+
+
+def _keep_as(files: Sequence[Path], output: Path) -> list[Path]:
+    """Copy files to where ``-o`` says, named as Cog names them: PATH.0.webp …"""
+    stem = output / "output" if output.is_dir() else output.with_suffix("")
+    targets = [stem.with_name(f"{stem.name}.{index}{file.suffix}") for index, file in enumerate(files)]
+    for file, target in zip(files, targets, strict=True):
+        _copied(file, target, "wb")
+    return targets
+
+
+def _copied(file: Path, target: Path, mode: Literal["xb", "wb"]) -> bool:
+    """Copy a file; False when ``target`` is there and ``mode`` spares it."""
+    try:
+        with target.open(mode) as copy:
+            copy.write(file.read_bytes())
+    except FileExistsError:
+        return False
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}.") from None
+    return True
 
 
-def _compare(old: Path, then: Parameters, new: Path) -> None:
-    """Say whether a picture was drawn again to the byte, and if not, what was different."""
-    if old.read_bytes() == new.read_bytes():
-        print(f"{new} is {old}, byte for byte", file=sys.stderr)
-        return
-    now = provenance.read(new)
+def _difference(then: Parameters, new: Path) -> str:
+    """Say in what a picture that was drawn again differs from what it was drawn from."""
+    try:
+        now = provenance.read(new)
+    except OutputError:
+        return "cannot be compared, since it was drawn with FLUX_EMBED_PARAMETERS=0"
     changed = [name for name in Parameters.model_fields if getattr(now, name) != getattr(then, name)]
     reasons = now.environment.differences(then.environment) + [name for name in changed if name != "environment"]
-    print(f"{new} is not {old}: {', '.join(reasons) or 'although all parameters are equal'}", file=sys.stderr)
+    return f"not the same: {', '.join(reasons) or 'although all parameters are equal'}"
 
 
 def _write_json(response: Mapping[str, Any], output: Path | None) -> None:
     text = json.dumps(response, indent=2, ensure_ascii=False)
     if output is None or output.is_dir():
         print(text)
-    else:
+        return
+    try:
         output.with_suffix(".json").write_text(text + "\n")
+    except OSError as error:
+        raise OutputError(f"{output.with_suffix('.json')} cannot be written: {error.strerror}.") from None
 
 
 if __name__ == "__main__":

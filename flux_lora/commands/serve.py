@@ -22,7 +22,7 @@ import httpx2
 import psutil
 
 from flux_lora import errors
-from flux_lora.commands import PROJECT, use_miniature_without_weights
+from flux_lora.commands import PROJECT, prepare_environment
 from flux_lora.errors import FluxLoraError, SettingsError
 
 PREDICTOR = "predict.py:Predictor"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         host = _listen_address(options.host, options.port)
-        use_miniature_without_weights()
+        prepare_environment()
         _place_schema(PROJECT)
         _serve(host, options.port, options.upload_url, stop)
     except FluxLoraError as error:
@@ -102,10 +102,13 @@ def _listen_address(host: str, port: int) -> str:
 def _place_schema(project: Path) -> None:
     """Put ``openapi.json`` where Cog's server reads it; without it, nothing would be validated."""
     folder = project / ".cog"
-    folder.mkdir(exist_ok=True)
-    part = folder / f"openapi_schema.{os.getpid()}.part"
-    part.write_bytes((project / "openapi.json").read_bytes())
-    part.replace(folder / "openapi_schema.json")
+    try:
+        folder.mkdir(exist_ok=True)
+        part = folder / f"openapi_schema.{os.getpid()}.part"
+        part.write_bytes((project / "openapi.json").read_bytes())
+        part.replace(folder / "openapi_schema.json")
+    except OSError as error:
+        raise SettingsError(f"The schema cannot be put into {folder}: {error.strerror}.") from None
 
 
 def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) -> None:

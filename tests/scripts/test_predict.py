@@ -108,10 +108,8 @@ def test_a_picture_is_drawn_again_from_its_file(capsys: pytest.CaptureFixture[st
 def test_another_scale_of_a_picture_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
     assert main(["--from", "outputs/0001-seed7.webp", "-i", "lora_scale=0", "-i", "disable_safety_checker=true"]) == 0
-    assert "is not outputs/0001-seed7.webp: lora" in capsys.readouterr().err
-    lora = provenance.read(Path("outputs/0002-seed7.webp")).lora
-    assert lora is not None
-    assert lora.scale == 0
+    assert "outputs/0002-seed7.webp: not the same: lora" in capsys.readouterr().err
+    assert provenance.read(Path("outputs/0002-seed7.webp")).lora is None
 
 
 def test_other_base_weights_are_named(
@@ -121,8 +119,7 @@ def test_other_base_weights_are_named(
     shutil.copytree(weights / "schnell/transformer", weights / "dev/transformer", dirs_exist_ok=True)
     monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
     assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
-    assert "is not outputs/0001-seed7.webp" in (text := capsys.readouterr().err)
-    assert "base" in text.rsplit("is not", 1)[1]
+    assert "outputs/0002-seed7.webp: not the same: base" in capsys.readouterr().err
 
 
 def test_a_lora_that_is_not_at_hand_is_refused(
@@ -144,6 +141,45 @@ def test_a_lora_under_another_name_is_found_by_its_digest(
     monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
     assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
     assert "byte for byte" in capsys.readouterr().err
+
+
+def test_the_original_may_be_overwritten_and_is_still_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL, "-o", "picture.webp"])
+    again = ["--from", "picture.0.webp", "-o", "picture.webp", "-i", "disable_safety_checker=true"]
+    assert main([*again, "-i", "seed=11"]) == 0
+    assert "picture.0.webp: not the same: seed" in capsys.readouterr().err
+
+
+def test_odd_files_beside_the_lora_are_passed_over(
+    capsys: pytest.CaptureFixture[str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    (weights / "mine").mkdir()
+    (weights / "lora.safetensors").rename(weights / "mine" / "deep.safetensors")
+    (weights / "a.safetensors").mkdir()
+    (weights / "b.safetensors").symlink_to("nowhere")
+    monkeypatch.setenv("FLUX_WEIGHTS", str(weights))
+    assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
+    assert "byte for byte" in capsys.readouterr().err
+
+
+def test_numbers_go_on_after_what_is_there() -> None:
+    Path("outputs").mkdir()
+    for name in ("9999-seed1.webp", "²²²²x", "notes.txt"):
+        Path("outputs", name).touch()
+    for _ in range(2):
+        assert main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL]) == 0
+    assert Path("outputs/10001-seed7.webp").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("output", [["-o", "no-folder/picture.webp"], ["-o", "no-folder/answer.json"], []])
+def test_no_place_for_the_picture_is_refused_before_drawing(
+    capsys: pytest.CaptureFixture[str], output: list[str]
+) -> None:
+    Path("outputs").touch()
+    assert main(["-i", "prompt=a tomato", *output]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: No picture can be put into ")
 
 
 def test_without_parameters_a_file_cannot_be_drawn_again(

@@ -253,6 +253,6 @@ def test_the_miniature_serves_only_where_no_weights_were_named_or_put(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("FLUX_WEIGHTS", environment.get("FLUX_WEIGHTS", ""))  # so that it is restored
-    commands.use_miniature_without_weights()
+    commands.prepare_environment()
     assert os.environ["FLUX_WEIGHTS"] == str(tmp_path / expected)
     assert ("whose pictures are noise" in capsys.readouterr().err) == (expected == "weights/mini")

@@ -85,10 +85,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
+def serving(folder: Path, *options: str, prelude: str = "", **environment: str) -> Iterator[Server]:
     port, temporary, connections = free_port(), folder / "tmp", folder / "connections"
     temporary.mkdir()
-    (folder / "sitecustomize.py").write_text(AUDIT)
+    (folder / "sitecustomize.py").write_text(AUDIT + prelude)
     process = subprocess.Popen(
         [sys.executable, "-m", "flux_lora.commands.serve", "--port", str(port), *options],
         cwd=ROOT,

@@ -146,7 +146,7 @@ def test_a_prompt_of_100000_characters_is_drawn_and_the_cut_is_logged(server: Se
     prompt = "a tomato on blue " * 5883
     answer = server.predict(prompt=prompt[:100_000], seed=7, output_format="jpg", **SMALL)
     assert answer["status"] == "succeeded"
-    assert "T5 reads 511 of the prompt's" in answer["logs"]
+    assert "T5 reads 512 tokens; cut off are the prompt's last 9" in answer["logs"]
     assert parameters_of(content(answer["output"][0]), tmp_path).prompt == prompt[:100_000]
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MINI, ROOT
-from tests.server.conftest import SMALL, Server, free_port, open_image, serving
+from tests.server.conftest import SMALL, Server, free_port, health, open_image, serving, wait_for
 
 WITNESS = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
 
@@ -52,6 +52,15 @@ def test_a_missing_fine_tune_ends_the_server(weights: Path) -> None:
     done = serve(weights, COG_WEIGHTS="/no/such/lora.safetensors")
     assert done.returncode != 0
     assert "/no/such/lora.safetensors" in done.stderr
+
+
+def test_a_device_that_fails_makes_the_server_unhealthy(tmp_path: Path) -> None:
+    """The device fails once a file says so: the worker's Python patches it in."""
+    patch = "from flux_lora import devices; devices.computes = lambda _: not os.path.exists(os.environ['BROKEN'])\n"
+    with serving(tmp_path, prelude=patch, BROKEN=str(tmp_path / "broken")) as server:
+        assert health(server) == "READY"
+        (tmp_path / "broken").touch()
+        wait_for(lambda: health(server) == "UNHEALTHY", 20)
 
 
 def test_cog_weights_are_the_fine_tune(tmp_path: Path, server: Server) -> None:

@@ -1,6 +1,7 @@
 """Side-by-side timing: all contenders take turns in one run, so that a slow minute of the machine hits each of them."""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,7 @@ def take_turns(contenders: Mapping[str, Contender], rounds: int, warm_up: int = 
     """Seconds of each contender in each round; a contender is called with the round's number."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-warm_up, rounds):
-        names = list(contenders)
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
             started = time.perf_counter()
             contenders[name](turn)
             if turn >= 0:

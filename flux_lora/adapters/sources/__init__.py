@@ -13,7 +13,7 @@ from flux_lora.adapters.sources.client import Client
 from flux_lora.adapters.sources.guard import Network, Patience
 from flux_lora.adapters.sources.local import local_file
 from flux_lora.adapters.sources.resource import Resource
-from flux_lora.adapters.sources.spelling import CivitaiFile, HubFile, Inline, Link, label, parse
+from flux_lora.adapters.sources.spelling import CivitaiFile, HubFile, Inline, Link, is_inline, label, parse
 from flux_lora.adapters.sources.tokens import Tokens
 from flux_lora.adapters.sources.transport import too_large
 from flux_lora.errors import FormatError, SourceError
@@ -88,7 +88,7 @@ class Sources:
 
     def _fetch(self, source: str, root: Path | None) -> Path:
         _check_text(source)
-        if not source.startswith("data:") and "://" not in source and (path := local_file(source, root)):
+        if not is_inline(source) and "://" not in source and (path := local_file(source, root)):
             return self._local(path)
         spelled = parse(source)
         if isinstance(spelled, Inline):
@@ -149,14 +149,14 @@ class Sources:
         key = f"file:{path}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}"
         with self._cache.lock(key):
             entry = self._cache.find(key)
-            return entry.path if entry else self._admit(path, key)
+            return entry.path if entry else self._unpack(path, key)
 
     def _inline(self, inline: Inline) -> Path:
         head, comma, payload = inline.uri.partition(",")
         try:
             data = unquote_to_bytes(payload)
             if head.lower().endswith(";base64"):
-                data = base64.b64decode(data, validate=True)
+                data = _base64(data)
         except binascii.Error:
             raise SourceError("its base64 is damaged") from None
         if not comma:
@@ -170,23 +170,36 @@ class Sources:
     def _admit(
         self, path: Path, key: str | None = None, validator: Validator | None = None, sha256: str | None = None
     ) -> Path:
-        """Verify a file, unpack it if it is a tar, and move it into the cache."""
+        """Verify a file of the cache's own, unpack it if it is a tar, and move it to the others."""
         digest = sha256_of(path)
         if sha256 not in (None, digest):
             raise SourceError("what arrived is not what was published: its SHA-256 differs")
+        try:
+            read_header(path)
+        except TensorFileError:
+            if not archive.is_tar(path):
+                raise
+            return self._unpack(path, key, validator)
+        return self._keep(path, digest, key, validator)
+
+    def _unpack(self, path: Path, key: str | None, validator: Validator | None = None) -> Path:
+        """Verify what is in a tar, wherever that is, and put it into the cache."""
         with self._cache.scratch() as unpacked:
-            try:
-                read_header(path)
-            except TensorFileError:
-                if not archive.is_tar(path):
-                    raise
-                archive.extract(path, unpacked)
-                read_header(unpacked)
-                path, digest = unpacked, sha256_of(unpacked)
-            admitted = self._cache.admit(path, digest)
+            archive.extract(path, unpacked)
+            read_header(unpacked)
+            return self._keep(unpacked, sha256_of(unpacked), key, validator)
+
+    def _keep(self, path: Path, digest: str, key: str | None, validator: Validator | None) -> Path:
+        admitted = self._cache.admit(path, digest)
         if key:
             self._cache.remember(key, digest, validator)
         return admitted
+
+
+def _base64(text: bytes) -> bytes:
+    """Either alphabet of RFC 4648; the padding may be missing, as it usually is with the one for addresses."""
+    text = text.translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def _check_text(source: str) -> None:
@@ -194,5 +207,5 @@ def _check_text(source: str) -> None:
         raise SourceError("it is empty")
     if not source.isprintable():
         raise SourceError("it holds characters that cannot be printed")
-    if len(source) > MAX_SOURCE_LENGTH and not source.startswith("data:"):
+    if len(source) > MAX_SOURCE_LENGTH and not is_inline(source):
         raise SourceError(f"it is longer than {MAX_SOURCE_LENGTH} characters")

@@ -8,9 +8,12 @@ import io
 import tarfile
 from pathlib import Path, PurePosixPath
 
+from flux_lora.adapters.sources.wording import listing, quoted
 from flux_lora.errors import SourceError
 
 MAX_MEMBERS = 10_000
+HEADER_BYTES = 64 * 1024
+"""Of one member: its block, and the extended headers before it. In memory they can become many times as much."""
 CHUNK_BYTES = 1024**2
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -38,9 +41,9 @@ def extract(archive: Path, destination: Path) -> None:
     """
     try:
         with _Bounded(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            member = _only_safetensors(tar, archive.stat().st_size)
+            member = _only_safetensors(tar, file, archive.stat().st_size)
             file.seek(member.offset_data)
-            left = member.size
+            left = file.allowance = member.size
             with destination.open("wb") as target:
                 while chunk := file.read(min(left, CHUNK_BYTES)):
                     target.write(chunk)
@@ -51,28 +54,29 @@ def extract(archive: Path, destination: Path) -> None:
         raise SourceError("the archive is damaged or truncated") from None
 
 
-def _only_safetensors(tar: tarfile.TarFile, archive_bytes: int) -> tarfile.TarInfo:
-    found: list[tarfile.TarInfo] = []
-    for number, member in enumerate(tar, start=1):
+def _only_safetensors(tar: tarfile.TarFile, file: "_Bounded", archive_bytes: int) -> tarfile.TarInfo:
+    found: tarfile.TarInfo | None = None
+    names: list[str] = []
+    for number, member in enumerate(iter(tar.next, None), start=1):
         if number > MAX_MEMBERS:
             raise SourceError(f"the archive has more than {MAX_MEMBERS:,} members")
         _check(member, archive_bytes)
         # macOS packs a "._name" with attributes beside each file.
         name = PurePosixPath(member.name).name
         if member.isreg() and name.lower().endswith(".safetensors") and not name.startswith("._"):
-            found.append(member)
-    if len(found) != 1:
-        names = ", ".join(repr(member.name[:100]) for member in found[:10])
-        raise SourceError(
-            f"the archive holds {len(found)} .safetensors files ({names}) and must hold one"
-            if found
-            else "the archive holds no .safetensors file"
-        )
-    return found[0]
+            found = member
+            names.append(member.name[-100:])
+        vars(tar).update(members=[], pax_headers={})  # the library would keep them all
+        file.allowance = HEADER_BYTES
+    if found is None:
+        raise SourceError("the archive holds no .safetensors file")
+    if len(names) > 1:
+        raise SourceError(f"the archive holds {len(names)} .safetensors files ({listing(names)}) and must hold one")
+    return found
 
 
 def _check(member: tarfile.TarInfo, archive_bytes: int) -> None:
-    name = repr(member.name[:100])
+    name = quoted(member.name)
     if member.name.startswith("/") or ".." in member.name.replace("\\", "/").split("/"):
         raise SourceError(f"the archive has a member that would leave its directory: {name}")
     if member.issparse() or not (member.isreg() or member.isdir()):
@@ -82,9 +86,12 @@ def _check(member: tarfile.TarInfo, archive_bytes: int) -> None:
 
 
 class _Bounded(io.FileIO):
-    """A file that refuses to be read in large pieces: the length of tar's extended headers is up to the archive."""
+    """A file of which no more is read than allowed: the length of tar's extended headers is up to the archive."""
+
+    allowance = HEADER_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= CHUNK_BYTES:
+        if size is None or not 0 <= size <= self.allowance:
             raise tarfile.ReadError
+        self.allowance -= size
         return super().read(size) or b""

@@ -21,25 +21,45 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 IN_USE_SECONDS = 60.0
 """A file used so recently is not evicted: somebody may be about to open it, or still be writing it."""
+
+DISTINCTIVE_ETAG = 16
+"""Characters of an ETag that is a digest or the like, rather than a number."""
+
+
+class Identity(NamedTuple):
+    """What an address names: digests of its host and path, and of all of it."""
+
+    path: str
+    whole: str
 
 
 @dataclass(frozen=True)
 class Validator:
     """How a server recognises one state of a file (RFC 9110, section 8.8)."""
 
-    resource: str
+    resource: Identity
     etag: str = ""
     modified: str = ""
 
-    @property
-    def condition(self) -> dict[str, str]:
-        """The header that asks for the file only if it has changed."""
-        if self.etag:
-            return {"If-None-Match": self.etag}
-        return {"If-Modified-Since": self.modified} if self.modified else {}
+    def etag_at(self, resource: Identity) -> str:
+        """The ETag if it can be sent there, or nothing.
+
+        With another query it may be the same file, signed anew, or another file. A short ETag may be that of many, and
+        a weak one of many states; but no two files by accident have a long strong one.
+        """
+        distinctive = len(self.etag.strip('"')) >= DISTINCTIVE_ETAG and not self.etag.startswith("W/")
+        same = resource == self.resource or (resource.path == self.resource.path and distinctive)
+        return self.etag if same else ""
+
+    def condition(self, resource: Identity) -> dict[str, str]:
+        """The header that asks for what is there only if it has changed; none if that cannot be asked."""
+        if etag := self.etag_at(resource):
+            return {"If-None-Match": etag}
+        return {"If-Modified-Since": self.modified} if self.modified and resource == self.resource else {}
 
 
 @dataclass(frozen=True)
@@ -206,7 +226,7 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _write_json(path: Path, value: dict[str, str]) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(json.dumps(value), encoding="utf-8")
@@ -218,6 +238,6 @@ def _write_json(path: Path, value: dict[str, str]) -> None:
 def _read_validator(path: Path) -> Validator | None:
     try:
         stored = json.loads(path.read_bytes())
-        return Validator(str(stored["resource"]), str(stored["etag"]), str(stored["modified"]))
+        return Validator(Identity(*map(str, stored["resource"])), str(stored["etag"]), str(stored["modified"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,8 +3,9 @@
 from typing import Any
 
 from flux_lora.adapters.sources.client import Client
-from flux_lora.adapters.sources.resource import Resource, listing
+from flux_lora.adapters.sources.resource import Resource
 from flux_lora.adapters.sources.spelling import CivitaiFile
+from flux_lora.adapters.sources.wording import listing, quoted
 from flux_lora.errors import SourceError
 
 API = "https://civitai.com/api/v1"
@@ -30,15 +31,15 @@ def locate(wanted: CivitaiFile, client: Client) -> Resource:
         sha256 = file.get("hashes", {}).get("SHA256")
         key = CivitaiFile(version=int(version["id"]), wanted=wanted.wanted).key
         return Resource(key, str(file["downloadUrl"]), fixed=True, sha256=sha256.lower() if sha256 else None)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise SourceError("civitai.com does not answer as expected about it") from None
 
 
 def _check_kind(kind: str, base: str) -> None:
     if kind not in LORA_TYPES:
-        raise SourceError(f"on Civitai it is a {kind}, not a LoRA")
+        raise SourceError(f"on Civitai it is a {quoted(kind)}, not a LoRA")
     if base not in UNCLASSIFIED and not base.startswith("Flux.1"):
-        raise SourceError(f"on Civitai it is a LoRA for {base}, not for FLUX.1")
+        raise SourceError(f"on Civitai it is a LoRA for {quoted(base)}, not for FLUX.1")
 
 
 def _choose(wanted: CivitaiFile, files: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ secrets; it would also keep cookies and read proxies and passwords from the envi
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import httpx2
 from tqdm import tqdm
 
-from flux_lora.adapters.sources.cache import Part, Validator
+from flux_lora.adapters.sources.cache import Identity, Part, Validator
 from flux_lora.adapters.sources.guard import Network, host_of, parse_url
 from flux_lora.adapters.sources.tokens import VARIABLES, Tokens
 from flux_lora.adapters.sources.transport import GuardedTransport, TransferError, too_large
@@ -34,7 +35,7 @@ class Client:
     def __init__(self, network: Network, tokens: Tokens, max_bytes: int) -> None:
         self._tokens = tokens
         self._max_bytes = max_bytes
-        self._pauses = network.patience.pauses
+        self._patience = network.patience
         self._files = GuardedTransport(network, tokens, max_bytes)
         self.api = GuardedTransport(network, tokens, MAX_API_BYTES)
 
@@ -45,7 +46,7 @@ class Client:
             SourceError: it refuses, cannot be reached, or answers with something else.
         """
         try:
-            with self._get(self.api, url, lambda _: {}) as (response, target):
+            with self._get(self.api, url, lambda _: {}, self._deadline()) as (response, target):
                 if response.status_code != 200:
                     raise SourceError(refusal(host_of(target), response.status_code, self._tokens))
                 return json.loads(response.read())
@@ -72,37 +73,45 @@ class Client:
         Raises:
             SourceError: the server refuses, cannot be reached after some tries, or sends what is not a file.
         """
-        pauses = iter(self._pauses)
+        pauses = iter(self._patience.pauses)
+        deadline = self._deadline()
         while True:
             before = part.size
             try:
-                return self._attempt(url, part, name, known, make_room)
+                return self._attempt(url, part, name, known, make_room, deadline)
             except TransferError as error:
                 if part.size - before >= 1024**2:
-                    pauses = iter(self._pauses)
-                if (pause := next(pauses, None)) is None:
+                    pauses = iter(self._patience.pauses)
+                if (pause := next(pauses, None)) is None or time.monotonic() + pause > deadline:
                     if not part.validator():
                         part.discard()  # nobody could continue it
                     raise SourceError(str(error)) from None
                 time.sleep(pause)
 
+    def _deadline(self) -> float:
+        return time.monotonic() + self._patience.total
+
     def _attempt(
-        self, url: str, part: Part, name: str, known: Validator | None, make_room: Callable[[int], None]
+        self,
+        url: str,
+        part: Part,
+        name: str,
+        known: Validator | None,
+        make_room: Callable[[int], None],
+        deadline: float,
     ) -> Validator | None:
         saved = part.validator() if part.size else None
 
-        def conditions(resource: str) -> dict[str, str]:
-            headers: dict[str, str] = {}
-            if known and known.resource == resource:
-                headers |= known.condition
-            if saved and saved.resource == resource:
-                headers |= {"Range": f"bytes={part.size}-", "If-Range": saved.etag}
+        def conditions(resource: Identity) -> dict[str, str]:
+            headers = known.condition(resource) if known else {}
+            if saved and (etag := saved.etag_at(resource)):
+                headers |= {"Range": f"bytes={part.size}-", "If-Range": etag}
             return headers
 
-        with self._get(self._files, url, conditions) as (response, target):
+        with self._get(self._files, url, conditions, deadline) as (response, target):
             status, headers = response.status_code, response.headers
             host, resource = host_of(target), identity(target)
-            if status == 304 and known and known.resource == resource:
+            if status == 304 and known and known.condition(resource):
                 return None
             if status == 416:
                 if saved and headers.get("content-range") == f"bytes */{part.size}":
@@ -155,29 +164,38 @@ class Client:
 
     @contextmanager
     def _get(
-        self, transport: GuardedTransport, url: str, headers: Callable[[str], Mapping[str, str]]
+        self,
+        transport: GuardedTransport,
+        url: str,
+        headers: Callable[[Identity], Mapping[str, str]],
+        deadline: float,
     ) -> Iterator[tuple[httpx2.Response, httpx2.URL]]:
         """The answer after all redirects, and who gave it; ``headers`` says what to send to which resource."""
         target = parse_url(url)
         for _ in range(MAX_REDIRECTS + 1):
-            request = httpx2.Request("GET", target, headers={"User-Agent": "flux-lora", **headers(identity(target))})
+            request = httpx2.Request(
+                "GET",
+                target,
+                headers={"User-Agent": "flux-lora", **headers(identity(target))},
+                extensions={"deadline": deadline},
+            )
             response = transport.handle_request(request)
             try:
                 if not response.has_redirect_location:
                     yield response, target
                     return
-                target = parse_url(response.headers["location"], target)
+                if not (location := response.headers["location"]):
+                    raise SourceError(f"{host_of(target)} redirects without saying where to")
+                target = parse_url(location, target)
             finally:
                 response.close()
         raise SourceError(f"it redirects more than {MAX_REDIRECTS} times")
 
 
-def identity(url: httpx2.URL) -> str:
-    """What an address names, without its query: the digest of host and path.
-
-    Signed addresses of one file differ in their query each time, and it is a secret that must not reach the disk.
-    """
-    return hashlib.sha256(url.raw_host + url.raw_path.split(b"?")[0]).hexdigest()
+def identity(url: httpx2.URL) -> Identity:
+    """What an address names, as digests: its query may be a secret that must not reach the disk."""
+    path = url.raw_path.split(b"?")[0]
+    return Identity(*(hashlib.sha256(url.raw_host + target).hexdigest() for target in (path, url.raw_path)))
 
 
 def refusal(host: str, status: int, tokens: Tokens, retry_after: str | None = None) -> str:
@@ -194,9 +212,9 @@ def refusal(host: str, status: int, tokens: Tokens, retry_after: str | None = No
         private = f", or it is private and {reason}" if variable else ""
         return f"{host} has no such file ({status}){private}"
     if status == 429:
-        wait = f" in {retry_after} seconds" if retry_after and retry_after.isdecimal() else " later"
+        wait = f" in {retry_after} seconds" if re.fullmatch("[0-9]{1,6}", retry_after or "") else " later"
         return f"{host} gets too many requests (429); try again{wait}"
-    if status >= 500:
+    if 500 <= status < 600:
         return f"{host} has a problem of its own ({status}); try again later"
     return f"{host} gave the unexpected answer {status}"
 
@@ -212,7 +230,7 @@ def _continues(headers: httpx2.Headers, offset: int, saved: Validator) -> bool:
     return start == str(offset) and headers.get("etag", saved.etag) == saved.etag
 
 
-def _validator(resource: str, headers: httpx2.Headers) -> Validator:
+def _validator(resource: Identity, headers: httpx2.Headers) -> Validator:
     """What the server says to recognise this state of the file by, as far as it can be sent back.
 
     A modification time counts only if it was a minute old: a file could change twice within its one-second steps.

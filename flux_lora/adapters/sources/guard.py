@@ -19,6 +19,7 @@ import certifi
 import httpcore2
 import httpx2
 
+from flux_lora.adapters.sources.wording import quoted
 from flux_lora.errors import SourceError
 
 HTTPS_PORT = 443
@@ -50,13 +51,15 @@ class Patience:
     """How long to wait: seconds to connect, and for each piece of an answer.
 
     After ``grace`` seconds of waiting, an answer slower than ``slowest`` bytes per second is given up, so that a server
-    which drips one byte at a time cannot hold a request for ever.
+    which drips one byte at a time cannot hold a request for ever. After ``total`` seconds no answer is read on and no
+    download is tried again, however fast it is; the next fetch of the same file continues it.
     """
 
     connect: float = 10.0
     read: float = 30.0
     grace: float = 60.0
     slowest: float = 32 * 1024
+    total: float = 3600.0
     pauses: tuple[float, ...] = (0.5, 2.0)
     """Seconds before the second and the third try of a download; each MiB that arrives earns new tries."""
 
@@ -108,11 +111,11 @@ def check_url(url: httpx2.URL) -> None:
     """
     host = host_of(url)
     if url.scheme != "https":
-        raise SourceError(f"only https:// addresses are fetched, and this is {url.scheme}://")
+        raise SourceError(f"only https:// addresses are fetched, and this is {url.scheme[:20]}://")
     if url.userinfo:
         raise SourceError("an address with a user name or password in it is refused")
     if not HOST_NAME.fullmatch(host):
-        raise SourceError(f"{host[:100]!r} is not the name of a public host")
+        raise SourceError(f"{quoted(host)} is not the name of a public host")
     if url.port not in (None, HTTPS_PORT):
         raise SourceError(f"port {url.port} is refused; only port {HTTPS_PORT} is fetched from")
 
@@ -148,10 +151,18 @@ def public_addresses(host: str, resolve: Callable[[str], Sequence[str]]) -> list
 
 
 class GuardedBackend(httpcore2.NetworkBackend):
-    """Opens connections to public addresses only."""
+    """Opens connections to public addresses only.
 
-    def __init__(self, network: Network) -> None:
+    Args:
+        network: the way there.
+        max_bytes: how large an answer may be; a connection that carries far more, framing and all, is given up.
+        deadline: when ``time.monotonic()`` says this, nothing more is read.
+    """
+
+    def __init__(self, network: Network, max_bytes: int, deadline: float) -> None:
         self._network = network
+        self._max_bytes = max_bytes
+        self._deadline = deadline
 
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any
@@ -163,15 +174,18 @@ class GuardedBackend(httpcore2.NetworkBackend):
         return self._connect(last, port, timeout)
 
     def _connect(self, address: str, port: int, timeout: float | None) -> httpcore2.NetworkStream:
-        return _Paced(self._network.connect(address, port, timeout), self._network.patience)
+        stream = self._network.connect(address, port, timeout)
+        return _Paced(stream, self._network.patience, self._max_bytes, self._deadline)
 
 
 class _Paced(httpcore2.NetworkStream):
-    """A connection that gives up on an answer which comes too slowly."""
+    """A connection that gives up on an answer which comes too slowly, lasts too long, or never ends."""
 
-    def __init__(self, stream: httpcore2.NetworkStream, patience: Patience) -> None:
+    def __init__(self, stream: httpcore2.NetworkStream, patience: Patience, max_bytes: int, deadline: float) -> None:
         self._stream = stream
         self._patience = patience
+        self._max_bytes = max_bytes
+        self._deadline = deadline
         self._received = 0
         self._waited = 0.0
 
@@ -180,6 +194,10 @@ class _Paced(httpcore2.NetworkStream):
         data = self._stream.read(max_bytes, timeout)
         self._waited += time.monotonic() - start
         self._received += len(data)
+        if self._received > 2 * self._max_bytes + 1024**2:
+            raise SourceError(f"its server sends far more than the limit of {self._max_bytes:,} bytes")
+        if time.monotonic() > self._deadline:
+            raise httpcore2.ReadTimeout
         if self._waited > self._patience.grace and self._received < self._patience.slowest * self._waited:
             raise httpcore2.ReadTimeout
         return data
@@ -193,7 +211,8 @@ class _Paced(httpcore2.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
-        return _Paced(self._stream.start_tls(ssl_context, server_hostname, timeout), self._patience)
+        stream = self._stream.start_tls(ssl_context, server_hostname, timeout)
+        return _Paced(stream, self._patience, self._max_bytes, self._deadline)
 
     def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)

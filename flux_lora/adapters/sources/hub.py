@@ -16,10 +16,11 @@ from huggingface_hub.utils._http import default_client_factory
 
 from flux_lora.adapters.sources.client import refusal
 from flux_lora.adapters.sources.guard import host_of
-from flux_lora.adapters.sources.resource import Resource, listing
+from flux_lora.adapters.sources.resource import Resource
 from flux_lora.adapters.sources.spelling import HubFile
 from flux_lora.adapters.sources.tokens import Tokens
 from flux_lora.adapters.sources.transport import GuardedTransport, TransferError
+from flux_lora.adapters.sources.wording import listing, quoted
 from flux_lora.errors import SourceError
 
 HOST = "huggingface.co"
@@ -40,21 +41,23 @@ def locate(file: HubFile, transport: GuardedTransport, tokens: Tokens) -> Resour
             info = HfApi(endpoint=ENDPOINT, token=False).model_info(
                 file.repo, revision=file.revision, files_metadata=True
             )
+        found = _choose(file, info.siblings or [])
+        pinned = HubFile(file.repo, info.sha or file.revision, found.rfilename)
+        url = hf_hub_url(file.repo, found.rfilename, revision=pinned.revision, endpoint=ENDPOINT)
+        return Resource(pinned.key, url, pinned.fixed, found.lfs.sha256 if found.lfs else None, found.size)
     except GatedRepoError:
         terms = f"accept its terms at {ENDPOINT}/{file.repo}"
         raise SourceError(f"{file.repo} is gated; {terms} and set HF_TOKEN to a token that may read it") from None
     except RevisionNotFoundError:
-        raise SourceError(f"{file.repo} has no revision {file.revision!r}") from None
+        raise SourceError(f"{file.repo} has no revision {quoted(file.revision)}") from None
     except HfHubHTTPError as error:
         raise SourceError(refusal(HOST, error.response.status_code, tokens)) from None
     except TransferError as error:
         raise SourceError(str(error)) from None
-    except (HFValidationError, KeyError, TypeError, ValueError):
-        raise SourceError(f"{HOST} does not answer as expected about {file.repo}") from None
-    found = _choose(file, info.siblings or [])
-    pinned = HubFile(file.repo, info.sha or file.revision, found.rfilename)
-    url = hf_hub_url(file.repo, found.rfilename, revision=pinned.revision, endpoint=ENDPOINT)
-    return Resource(pinned.key, url, pinned.fixed, found.lfs.sha256 if found.lfs else None, found.size)
+    except httpx2.TooManyRedirects:
+        raise SourceError(f"{HOST} redirects in circles") from None
+    except (httpx2.HTTPError, HFValidationError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise SourceError(f"{HOST} does not answer as expected about {quoted(file.repo)}") from None
 
 
 def _choose(wanted: HubFile, files: list[RepoSibling]) -> RepoSibling:
@@ -68,7 +71,7 @@ def _choose(wanted: HubFile, files: list[RepoSibling]) -> RepoSibling:
         raise SourceError(f"{wanted.repo} has no .safetensors file")
     if wanted.file is None:
         raise SourceError(f"{wanted.repo} has several files; add one to hf://{wanted.repo}/ : {listing(names)}")
-    raise SourceError(f"{wanted.repo} has no file {wanted.file!r}; it has {listing(names)}")
+    raise SourceError(f"{wanted.repo} has no file {quoted(wanted.file)}; it has {listing(names)}")
 
 
 @contextmanager
@@ -92,5 +95,5 @@ class _ModelsOnly(httpx2.BaseTransport):
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         if host_of(request.url) != HOST or not request.url.path.startswith("/api/models/"):
-            raise SourceError(f"{host_of(request.url)} is not asked about models of the Hugging Face Hub")
+            raise SourceError(f"{host_of(request.url)[:100]} is not asked about models of the Hugging Face Hub")
         return self._transport.handle_request(request)

@@ -1,20 +1,21 @@
 """A source, found: where its bytes are and what is known about them before they are fetched."""
 
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt
+from pydantic.dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"strict": True})
 class Resource:
-    """A file to download; ``fixed`` if what ``key`` stands for can never change."""
+    """A file to download; ``fixed`` if what ``key`` stands for can never change.
+
+    Raises:
+        ValueError: the facts, which services tell, are not of this form.
+    """
 
     key: str
     url: str
     fixed: bool
-    sha256: str | None = None
-    size: int | None = None
-
-
-def listing(names: list[str]) -> str:
-    """File names for a message; a repository can have thousands."""
-    shown = ", ".join(names[:20])
-    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    size: NonNegativeInt | None = None

@@ -7,6 +7,7 @@ from urllib.parse import unquote
 import httpx2
 
 from flux_lora.adapters.sources.guard import check_url, host_of, parse_url
+from flux_lora.adapters.sources.wording import quoted
 from flux_lora.errors import SourceError
 
 SUFFIXES = (".safetensors", ".tar")
@@ -103,7 +104,7 @@ def parse(source: str) -> Spelled:
     Raises:
         SourceError: it is none of the accepted spellings, or one of something that is not accepted.
     """
-    if source.startswith("data:"):
+    if is_inline(source):
         return Inline(source)
     if source.startswith(("urn:air:", "air:")):
         return _air(source)
@@ -123,6 +124,10 @@ def parse(source: str) -> Spelled:
     raise SourceError(f"it is none of what is accepted: {ACCEPTED}")
 
 
+def is_inline(source: str) -> bool:
+    return source[:5].lower() == "data:"
+
+
 def is_path(source: str) -> bool:
     """Whether a source without a scheme can only be meant as a local path."""
     return source.startswith(("/", ".", "~")) or source.lower().endswith((*SUFFIXES, *PICKLES)) or "\\" in source
@@ -130,12 +135,12 @@ def is_path(source: str) -> bool:
 
 def label(source: str) -> str:
     """The source as messages may show it: without the query, password or token that it may hold, and not too long."""
-    if source.startswith("data:"):
+    if is_inline(source):
         return "a data: URI"
     if not source.startswith(("urn:", "air:")):
         source = re.split(r"[?#]", source, maxsplit=1)[0]
         source = re.sub(r"^([\w+.-]+:/+)?[^/]*@", r"\1", source)
-    return repr(source if len(source) <= 200 else f"{source[:200]}…")
+    return quoted(source, 200)
 
 
 def _address(url: httpx2.URL) -> Spelled:
@@ -178,7 +183,7 @@ def _air(source: str) -> Spelled:
     if match is None:
         raise SourceError("it must be urn:air:flux1:lora:civitai:<model>@<version>")
     if match["ecosystem"] != "flux1" or match["type"] not in AIR_TYPES:
-        raise SourceError(f"it names a {match['type']} for {match['ecosystem']}, not a LoRA for FLUX.1")
+        raise SourceError(f"it names a {match['type'][:50]} for {match['ecosystem'][:50]}, not a LoRA for FLUX.1")
     wanted = (("id", match["file"]),) if match["file"] else ()
     return CivitaiFile(_number(match["model"]), _number(match["version"]), wanted)
 

@@ -4,6 +4,7 @@ It keeps no connections and no other state, so an exception at any point leaves 
 """
 
 import ssl
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ class TransferError(Exception):
 class GuardedTransport(httpx2.BaseTransport):
     """Sends requests to public https hosts, each host's own token with them, and reads at most ``max_bytes`` of answer.
 
+    A request may set its ``deadline`` (by ``time.monotonic()``) as an extension; else it has all the patience there is.
+
     Raises:
         SourceError: the address is refused, or the answer is compressed or too large.
         TransferError: no connection, or it broke off.
@@ -42,8 +45,11 @@ class GuardedTransport(httpx2.BaseTransport):
             scheme=request.url.raw_scheme, host=request.url.raw_host, port=request.url.port, target=request.url.raw_path
         )
         patience = self._network.patience
+        deadline = request.extensions.get("deadline", time.monotonic() + patience.total)
         connection = httpcore2.HTTPConnection(
-            url.origin, ssl_context=self._network.tls, network_backend=GuardedBackend(self._network)
+            url.origin,
+            ssl_context=self._network.tls,
+            network_backend=GuardedBackend(self._network, self._max_bytes, deadline),
         )
         outgoing = httpcore2.Request(
             request.method,

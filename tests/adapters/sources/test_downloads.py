@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from tests.adapters.sources.test_services import (
 URL = "https://files.example.com/x.safetensors"
 HOST = "files.example.com"
 LONG_AGO = time.time() - 10**6
+LONG_ETAG = '"0123456789abcdef"'
 
 
 def contents(tmp_path: Path) -> list[bytes]:
@@ -134,15 +136,57 @@ def test_etag_counts_only_at_the_address_that_gave_it(
     assert [fetch(sources), fetch(sources)] == [lora, other_lora]
 
 
+@pytest.mark.parametrize(("etag", "counts"), [(LONG_ETAG, True), (f"W/{LONG_ETAG}", False), ('"1"', False)])
 def test_signature_in_the_query_does_not_make_it_another_file(
-    sources: Sources, internet: Internet, lora: bytes
+    etag: str, counts: bool, sources: Sources, internet: Internet, lora: bytes
 ) -> None:
-    internet.serve("https://storage.civitai.com/f", file(lora, '"1"'))
+    internet.serve("https://storage.civitai.com/f", file(lora, etag))
     signed = [redirect(f"https://storage.civitai.com/f?sig={number}") for number in range(2)]
     internet.serve(URL, in_turn(*signed))
     fetch(sources)
     fetch(sources)
-    assert conditions(internet, "storage.civitai.com") == [None, '"1"']
+    assert conditions(internet, "storage.civitai.com") == [None, etag if counts else None]
+
+
+def by_query(**routes: Route) -> Route:
+    return lambda exchange: routes[exchange.path.partition("?")[2]](exchange)
+
+
+@pytest.mark.parametrize("headers", [{"modified": LONG_AGO}, {"etag": '"1"'}], ids=str)
+def test_another_query_may_be_another_file(
+    headers: dict[str, Any], sources: Sources, internet: Internet, lora: bytes, other_lora: bytes
+) -> None:
+    internet.serve("https://files.example.com/dl", by_query(a=file(lora, **headers), b=file(other_lora, **headers)))
+    internet.serve(URL, in_turn(redirect("/dl?a"), redirect("/dl?b")))
+    assert [fetch(sources), fetch(sources)] == [lora, other_lora]
+
+
+def test_download_is_not_continued_with_that_of_another_query(
+    sources: Sources, internet: Internet, lora: bytes, other_lora: bytes
+) -> None:
+    files = by_query(a=broken(lora, 30_000, etag='"1"'), b=file(other_lora, '"1"'))
+    internet.serve("https://files.example.com/dl", files)
+    internet.serve(URL, in_turn(redirect("/dl?a"), redirect("/dl?b")))
+    assert fetch(sources) == other_lora
+
+
+def test_download_out_of_time_is_continued_by_the_next_fetch(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes
+) -> None:
+    def steady(exchange: Exchange) -> None:
+        exchange.head(200, content_length=str(len(lora)), etag='"1"')
+        for start in range(0, len(lora), 100):
+            time.sleep(0.02)
+            exchange.wire.wfile.write(lora[start : start + 100])
+
+    internet.serve(URL, in_turn(steady, file(lora, '"1"')))
+    start = time.monotonic()
+    with pytest.raises(SourceError, match=r"files\.example\.com does not answer, or too slowly"):
+        fetch(make_sources(total=0.5))
+    assert 0.4 < time.monotonic() - start < 3
+    assert len(internet.asked) == 1
+    assert fetch(make_sources()) == lora
+    assert internet.asked[1].headers["range"] != "bytes=0-"
 
 
 @pytest.mark.parametrize(("age", "counts"), [(3600, True), (5, False)])

@@ -132,7 +132,7 @@ SPELLINGS = {
     "page of Replicate": ("replicate.com/owner", "of Replicate, it must be"),
     "Replicate with dots": ("https://replicate.com/owner/name/%2e%2e/%2e%2e/v1", "of Replicate, it must be"),
     "data without a comma": ("data:;base64", "no comma"),
-    "data with broken base64": ("data:;base64,AAA", "its base64 is damaged"),
+    "data with broken base64": ("data:;base64,AAAAA", "its base64 is damaged"),
     "data with other letters in base64": ("data:;base64,AA==\\", "its base64 is damaged"),
     "data too large": (f"data:;base64,{base64.b64encode(bytes(MAX_BYTES + 1)).decode()}", "larger than the limit"),
     "data with a pickle": (f"data:;base64,{base64.b64encode(pickle.dumps([1])).decode()}", "."),
@@ -237,6 +237,18 @@ def chunked(body: bytes) -> Route:
     return route
 
 
+def endless(piece: bytes, **headers: str) -> Route:
+    """Says the same again and again, after a header if there is one to send."""
+
+    def route(exchange: Exchange) -> None:
+        if headers:
+            exchange.head(200, **headers)
+        while True:
+            exchange.wire.wfile.write(piece)
+
+    return route
+
+
 SERVERS: dict[str, tuple[Route, str]] = {
     "redirect to http": (redirect("http://files.example.com/x.safetensors"), "only https:// addresses"),
     "redirect to a file": (redirect("file:///etc/passwd"), "only https:// addresses"),
@@ -246,6 +258,8 @@ SERVERS: dict[str, tuple[Route, str]] = {
     "redirect with a password": (redirect("https://me:hunter2@files.example.com/"), "user name or password"),
     "redirect to nowhere": (redirect("https://0.0.0.999/hunter2"), "redirects to a malformed address"),
     "redirect to itself": (redirect("/x.safetensors"), "redirects more than 10 times"),
+    "redirect to an empty address": (redirect(""), "files.example.com redirects without saying where to"),
+    "redirect to a long scheme": (redirect(f"{'x' * 5000}://a.example.com/"), "this is x{20}://"),
     "redirect to a malformed name": (redirect("https://xn--0.example.com/x"), "xn--0.example.com has no such file"),
     "permission missing": (answer(401), "refuses access .401.; a signed address may have expired"),
     "permission refused": (answer(403), "refuses access .403.; a signed address may have expired"),
@@ -253,6 +267,8 @@ SERVERS: dict[str, tuple[Route, str]] = {
     "gone": (answer(410), "has no such file .410."),
     "too many requests": (answer(429, retry_after="30"), "try again in 30 seconds"),
     "too many requests, vaguely": (answer(429, retry_after="<script>"), "try again later"),
+    "too many requests, for ages": (answer(429, retry_after="9" * 3000), "try again later"),
+    "status of no class": (answer(999), "unexpected answer 999"),
     "own problem": (answer(503), "has a problem of its own .503."),
     "not modified unasked": (answer(304), "unexpected answer 304"),
     "a part unasked": (answer(206, GOOD[8:], content_range="bytes 8-24/25"), "another part or another state"),
@@ -266,6 +282,11 @@ SERVERS: dict[str, tuple[Route, str]] = {
     "announced too large": (answer(200, b"", content_length=str(10**12)), "larger than the limit of 200,000 bytes"),
     "one byte too large": (answer(200, bytes(MAX_BYTES + 1)), "larger than the limit of 200,000 bytes"),
     "too large unannounced": (chunked(bytes(10 * MAX_BYTES)), "larger than the limit of 200,000 bytes"),
+    "early hints for ever": (endless(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100), "sends far more than the limit of"),
+    "chunks with long extensions": (
+        endless(b"1;" + b"x" * 15_000 + b"\r\nx\r\n", transfer_encoding="chunked"),
+        "sends far more than the limit of 200,000 bytes",
+    ),
     "broken off for ever": (broken(GOOD, 10), "files.example.com broke the connection off"),
     "chunks without end": (chunked(GOOD), "broke the connection off"),
     "not HTTP": (lambda exchange: exchange.wire.wfile.write(b"SSH-2.0-x\r\n\r\n"), "broke the connection off"),
@@ -343,9 +364,15 @@ def negative_size() -> bytes:
     return bytes(header) + bytes(10_240)
 
 
-def extended_header(size: int, data: bytes = b"") -> bytes:
-    info, _ = member("PaxHeader", type=tarfile.XHDTYPE, size=size)
+def extended_header(size: int, data: bytes = b"", kind: bytes = tarfile.XHDTYPE) -> bytes:
+    info, _ = member("PaxHeader", type=kind, size=size)
     return info.tobuf() + data + bytes(-len(data) % 512)
+
+
+def comment(size: int, key: str = "comment", kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """An extended header that takes four times its size in memory, for one letter outside the BMP."""
+    record = f"{size} {key}=😀".encode()
+    return extended_header(size, record + b"x" * (size - len(record) - 1) + b"\n", kind)
 
 
 def zipped() -> bytes:
@@ -378,6 +405,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "tar: negative size": (negative_size(), "damaged or truncated|more than 10,000 members|no .safetensors"),
     "tar: extended header of 4 GB": (extended_header(2**32) + tar(LORA), "damaged or truncated"),
     "tar: extended headers for ever": (extended_header(10, b"10 path=a\n") * 150, "damaged or truncated|no .safet"),
+    "tar: comment of 100 kB": (comment(100_000) + tar(LORA), "damaged or truncated"),
+    "tar: comments of 100 kB together": (comment(40_000) + comment(60_000) + tar(LORA), "damaged or truncated"),
     "tar: no LoRA inside": (tar(member("x.safetensors", zipped())), "it is a zip or PyTorch pickle"),
     "tar in gzip": (gzip.compress(tar(LORA)), "compressed with gzip; only a plain .tar is accepted"),
     "pickle": (pickle.dumps({"a": [1] * 100}), "it is a Python pickle"),
@@ -430,6 +459,16 @@ def test_length_of_an_extended_header_is_not_believed(sources: Sources, tmp_path
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_headers_of_a_tar_are_not_kept(kind: bytes, sources: Sources, tmp_path: Path) -> None:
+    headers = (comment(60_000, f"comment{number}", kind) + member("a")[0].tobuf() for number in range(200))
+    (tmp_path / "x.tar").write_bytes(b"".join(headers) + tar(LORA))
+    tracemalloc.start()
+    assert sources.fetch("x.tar", root=tmp_path).read_bytes() == GOOD
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A weights directory with traps in it, and secrets beside it."""
@@ -438,6 +477,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "weights-secret" / "x.safetensors").write_bytes(GOOD)
     root = tmp_path / "weights"
     (root / "sub.safetensors").mkdir(parents=True)
+    (root / "dev" / "vae").mkdir(parents=True)
     (root / "file.safetensors").write_bytes(b"<html>" * 3)
     (root / "out.safetensors").symlink_to("../outside.safetensors")
     (root / "etc").symlink_to("/etc")
@@ -454,18 +494,21 @@ PATHS = {
     "above": ("../outside.safetensors", "a path with '..' is refused"),
     "above and below": ("sub/../../outside.safetensors", "a path with '..' is refused"),
     "absolute": ("/etc/passwd", "it is not under the weights directory"),
-    "absolute with dots": ("{root}/../outside.safetensors", "leads out of the weights directory"),
+    "absolute with dots": ("{root}/../outside.safetensors", "a path with '..' is refused"),
+    "absolute with dots, missing": ("{root}/../nothing.safetensors", "a path with '..' is refused"),
     "absolute beside": ("{root}-secret/x.safetensors", "it is not under the weights directory"),
     "link to outside": ("out.safetensors", "leads out of the weights directory through a link"),
     "directory link to outside": ("etc/passwd", "leads out of the weights directory through a link"),
+    "directory link to nothing outside": ("etc/nothing", "leads out of the weights directory through a link"),
     "link to a device": ("zero.safetensors", "leads out of the weights directory through a link"),
     "link to itself": ("loop.safetensors", "the path cannot be followed"),
     "link to nothing": ("dangling.safetensors", "there is no such file"),
     "device": ("/dev/zero", "it is not under the weights directory"),
     "pipe": ("pipe.safetensors", "it is not a regular file"),
     "socket": ("s", "it is not a regular file"),
-    "directory": ("sub.safetensors", "there is no such file"),
-    "the directory itself": (".", "there is no such file"),
+    "directory": ("sub.safetensors", "it is a directory"),
+    "directory like an id of Replicate": ("dev/vae", "it is a directory"),
+    "the directory itself": (".", "it is a directory"),
     "home": ("~/x.safetensors", "there is no such file"),
     "missing": ("missing.safetensors", "there is no such file"),
     "file as a directory": ("file.safetensors/x.safetensors", "there is no such file"),
@@ -481,8 +524,13 @@ def test_path(source: str, reason: str, sources: Sources, internet: Internet, ro
     check_refused(sources, internet, tmp_path / "cache", source, reason, root=root)
 
 
-@pytest.mark.parametrize("source", ["/dev/zero", "pipe.safetensors"])
-def test_operators_devices(source: str, sources: Sources, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("/dev/zero", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("dev/vae", "a directory")],
+)
+def test_operators_devices_and_directories(
+    source: str, reason: str, sources: Sources, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(root)
-    with pytest.raises(SourceError, match="it is not a regular file"):
+    with pytest.raises(SourceError, match=f"it is {reason}"):
         sources.fetch(source, root=None)

@@ -11,14 +11,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import httpx2
+import numpy as np
 import pytest
 from pydantic import SecretStr
+from safetensors.numpy import save
 
 from flux_lora.adapters.sources import Network, Sources, Tokens
 from flux_lora.adapters.sources.transport import GuardedTransport
 from flux_lora.errors import SourceError
 from tests.adapters.sources.conftest import TOKENS
-from tests.adapters.sources.internet import Internet, answer, answer_json, file, redirect
+from tests.adapters.sources.internet import Internet, Route, answer, answer_json, file, redirect
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 VERSION = "ab" * 32
@@ -162,13 +164,21 @@ def test_every_spelling_gives_the_same_file(source: str, sources: Sources, inter
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "head", ["data:;base64,", "data:application/octet-stream;name=x.safetensors;base64,", "data:,"]
+    "head", ["data:;base64,", "DATA:application/octet-stream;name=x.safetensors;base64,", "data:,"]
 )
 def test_data_uri(head: str, packed: bool, sources: Sources, internet: Internet, lora: bytes) -> None:
     data = trained(lora) if packed else lora
     text = base64.b64encode(data).decode() if "base64" in head else "".join(f"%{byte:02x}" for byte in data)
     assert sources.fetch(head + text, root=None).read_bytes() == lora
     assert internet.resolved == []
+
+
+def test_data_uri_in_base64url(sources: Sources) -> None:
+    data = save({"a": np.arange(256, dtype=np.uint8)}, {"b": "c"})
+    text = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    assert {"-", "_"} < set(text)
+    assert len(text) % 4
+    assert sources.fetch(f"data:;base64,{text}", root=None).read_bytes() == data
 
 
 def test_requests_keep_host_names_for_certificate_and_routing(
@@ -298,6 +308,13 @@ def test_nothing_in_the_environment_adds_an_authority(
     assert not (tmp_path / "keys.log").exists()
 
 
+LFS = {"size": 9, "sha256": "0" * 64, "pointerSize": 134}
+
+
+def hub_answer(siblings: list[dict[str, object]], sha: object = COMMIT) -> Route:
+    return answer_json({"id": "owner/name", "sha": sha, "siblings": siblings})
+
+
 HUB_REFUSALS = [
     (answer(401, x_error_code="RepoNotFound"), False, "set HF_TOKEN to a token that may read it"),
     (answer(401), True, "refuses access .401. to the token in HF_TOKEN"),
@@ -306,13 +323,28 @@ HUB_REFUSALS = [
     (answer(404, x_error_code="RevisionNotFound"), True, "owner/name has no revision 'main'"),
     (answer(500), True, "has a problem of its own .500."),
     (answer(200, b"<html>"), True, "does not answer as expected"),
-    (answer_json({"id": "owner/name", "sha": COMMIT, "siblings": []}), True, "has no .safetensors file"),
+    (hub_answer([]), True, "has no .safetensors file"),
+    (redirect("/api/models/owner/name/revision/main"), True, "redirects in circles"),
+    (redirect("https://a:b/"), True, "does not answer as expected"),
+    (answer(200, b"[" * 100_000), True, "does not answer as expected"),
+    (answer(404, b"[" * 100_000, content_type="application/json"), True, "does not answer as expected|no such file"),
+    (hub_answer([{"rfilename": 5}]), True, "does not answer as expected"),
+    (hub_answer([{"rfilename": "a.safetensors", "size": "9"}]), True, "does not answer as expected"),
+    (hub_answer([{"rfilename": "a.safetensors", "size": -1}]), True, "does not answer as expected"),
+    (hub_answer([{"rfilename": "a.safetensors", "lfs": 5}]), True, "does not answer as expected"),
+    (
+        hub_answer([{"rfilename": "a.safetensors", "lfs": LFS | {"sha256": "../x"}}]),
+        True,
+        "does not answer as expected",
+    ),
+    (hub_answer([{"rfilename": "a.safetensors"}], sha=5), True, "does not answer as expected"),
+    (hub_answer([{"rfilename": f"\n\u202e{'x' * 999}{n}.safetensors"} for n in (1, 2)]), True, r"'.n.u202ex{98}…', '"),
 ]
 
 
 @pytest.mark.parametrize(("route", "token", "reason"), HUB_REFUSALS)
 def test_hub_refusals(
-    route: object, token: bool, reason: str, make_sources: Callable[..., Sources], internet: Internet
+    route: Route, token: bool, reason: str, make_sources: Callable[..., Sources], internet: Internet
 ) -> None:
     internet.serve("https://huggingface.co/api/models/owner/name/revision/main", route)
     with pytest.raises(SourceError, match=f"'hf://owner/name' cannot be fetched: .*{reason}"):
@@ -321,9 +353,11 @@ def test_hub_refusals(
 
 def test_hub_lists_the_files_to_choose_from(sources: Sources, internet: Internet, lora: bytes) -> None:
     serve_hub(internet, {"b.safetensors": lora, "a.safetensors": lora, "c.bin": b""})
-    with pytest.raises(SourceError, match=r"several files; add one to hf://owner/name/ : a.safetensors, b.safetensors"):
+    with pytest.raises(
+        SourceError, match=r"several files; add one to hf://owner/name/ : 'a.safetensors', 'b.safetensors'"
+    ):
         sources.fetch("hf://owner/name", root=None)
-    with pytest.raises(SourceError, match=r"no file 'd.safetensors'; it has a.safetensors, b.safetensors"):
+    with pytest.raises(SourceError, match=r"no file 'd.safetensors'; it has 'a.safetensors', 'b.safetensors'"):
         sources.fetch("hf://owner/name/d.safetensors", root=None)
 
 
@@ -375,18 +409,25 @@ def test_published_digest_is_checked(sources: Sources, internet: Internet, lora:
 
 
 CIVITAI_REFUSALS = [
-    ({"baseModel": "SDXL 1.0"}, "on Civitai it is a LoRA for SDXL 1.0, not for FLUX.1"),
-    ({"baseModel": "Flux.2 D"}, "on Civitai it is a LoRA for Flux.2 D, not for FLUX.1"),
-    ({"model": {"type": "Checkpoint"}}, "on Civitai it is a Checkpoint, not a LoRA"),
+    ({"baseModel": "SDXL 1.0"}, "on Civitai it is a LoRA for 'SDXL 1.0', not for FLUX.1"),
+    ({"baseModel": "Flux.2 D"}, "on Civitai it is a LoRA for 'Flux.2 D', not for FLUX.1"),
+    ({"model": {"type": "Checkpoint"}}, "on Civitai it is a 'Checkpoint', not a LoRA"),
     (
         {"files": [{"id": 1, "name": "x.pt", "downloadUrl": "https://civitai.com/x"}]},
-        "no such .safetensors file, but: x.pt",
+        "no such .safetensors file, but: 'x.pt'",
     ),
     (
         {"files": [{"name": "a.safetensors"}, {"name": "b.safetensors"}]},
-        "has several files: a.safetensors, b.safetensors",
+        "has several files: 'a.safetensors', 'b.safetensors'",
     ),
     ({"files": None}, "does not answer as expected"),
+    ({"files": [{"name": 5}]}, "does not answer as expected"),
+    (
+        {"files": [{"name": "a.safetensors", "downloadUrl": "x", "hashes": {"SHA256": "../x"}}]},
+        "does not answer as exp",
+    ),
+    ({"id": float("inf")}, "does not answer as expected"),
+    ({"baseModel": "\n" * 999}, r"is a LoRA for '(.n){100}…', not"),
 ]
 
 
@@ -447,6 +488,18 @@ def test_local_files(sources: Sources, internet: Internet, lora: bytes, tmp_path
     assert sources.fetch("b.tar", root=root).read_bytes() == lora
     assert internet.resolved == []
     assert packed.read_bytes() == trained(lora)
+
+
+def test_operators_tar_is_never_moved(
+    sources: Sources, lora: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if it becomes a LoRA while it is looked at."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(trained(lora))
+    monkeypatch.setattr("flux_lora.adapters.sources.archive.is_tar", lambda _: bool(path.write_bytes(lora)))
+    with pytest.raises(SourceError, match="damaged or truncated"):
+        sources.fetch("x.tar", root=tmp_path)
+    assert path.read_bytes() == lora
 
 
 def test_operators_paths_may_be_anywhere(

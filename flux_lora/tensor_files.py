@@ -6,6 +6,8 @@ of JSON, and the tensors' bytes, without holes.
 
 import json
 import math
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 MAX_HEADER_BYTES = 10_000_000
 """A tenth of what the reference implementation takes: FLUX.1's own headers, and LoRAs', stay below one megabyte."""
 
+MAX_NAME_LENGTH, MAX_DIMENSIONS = 512, 8
+"""Real names have up to 100 characters, and convolutions of videos 5 dimensions; products of more take for ever."""
+
 BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
     "F32": 32, "I32": 32, "U32": 32,
@@ -21,6 +26,11 @@ BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+
+_repr = reprlib.Repr()
+_repr.maxstring = 120
+shown = _repr.repr
+"""``repr`` for messages: short, whatever a file holds."""
 
 
 class TensorFileError(ValueError):
@@ -57,43 +67,52 @@ def read_header(path: Path) -> Header:
         TensorFileError: the file is truncated, is not safetensors, or its header contradicts itself.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise TensorFileError(f"it has only {size} bytes, too few for a safetensors file")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
-            raise TensorFileError(_not_safetensors(prefix))
+            too_large = f"its header is larger than {MAX_HEADER_BYTES:,} bytes, or it is not a safetensors file"
+            raise TensorFileError(_other_format(prefix) or too_large)
         if 8 + length > size:
             raise TensorFileError(f"it is truncated: the header should have {length} bytes, the file has {size}")
         text = file.read(length)
+    if not text.startswith(b"{"):
+        raise TensorFileError(_other_format(prefix) or "it is not a safetensors file: its header is not a JSON object")
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise TensorFileError(_not_safetensors(prefix)) from None
-    if not isinstance(entries, dict):
-        raise TensorFileError("its header is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except TensorFileError:
+        raise
+    except (ValueError, RecursionError):  # a whole number of thousands of digits is a ValueError too
+        raise TensorFileError("its header is not JSON in UTF-8") from None
+    metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TensorFileError("the metadata in its header is not a map of strings")
+    if not _encodable([*entries, *metadata, *metadata.values()]):
+        raise TensorFileError("its header holds half of a surrogate pair")
     tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, size - 8 - length)
     return Header(tensors, metadata, 8 + length)
 
 
 def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    if len(name) > MAX_NAME_LENGTH:
+        raise TensorFileError(f"the name {shown(name)} in its header has more than {MAX_NAME_LENGTH} characters")
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise TensorFileError(f"the header entry of {name!r} lacks dtype, shape or data_offsets") from None
-    if dtype not in BITS:
-        raise TensorFileError(f"{name!r} has the unknown type {dtype!r}")
+        raise TensorFileError(f"the header entry of {shown(name)} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise TensorFileError(f"{shown(name)} has the unknown type {shown(dtype)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise TensorFileError(f"{shown(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are taken")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
-        raise TensorFileError(f"{name!r} has a shape or offset that is not a whole number from 0")
+        raise TensorFileError(f"{shown(name)} has a shape or offset that is not a whole number from 0")
     info = TensorInfo(dtype, shape, start, stop)
     if (stop - start) * 8 != info.elements * BITS[dtype]:
-        raise TensorFileError(f"{name!r} has {stop - start} bytes, which is not {dtype} of shape {list(shape)}")
+        raise TensorFileError(f"{shown(name)} has {stop - start} bytes, which is not {dtype} of shape {list(shape)}")
     return info
 
 
@@ -101,7 +120,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
-            raise TensorFileError(f"{name!r} overlaps another tensor or leaves a hole before it")
+            raise TensorFileError(f"{shown(name)} overlaps another tensor or leaves a hole before it")
         end = info.stop
     if end > data_bytes:
         raise TensorFileError(f"it is truncated: its tensors need {end} bytes and {data_bytes} are there")
@@ -116,7 +135,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _not_safetensors(prefix: bytes) -> str:
+def _encodable(texts: list[str]) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _other_format(prefix: bytes) -> str | None:
+    """What the first bytes of a file that is not safetensors are known for."""
     if prefix.startswith(b"PK"):
         return "it is a zip or PyTorch pickle, not safetensors"
     if prefix.startswith(b"\x80"):
@@ -125,4 +153,4 @@ def _not_safetensors(prefix: bytes) -> str:
         return "it is a GGUF file, not safetensors"
     if prefix.lstrip().startswith((b"<", b"{")):
         return "it is a text file (perhaps an error page that was saved), not safetensors"
-    return "it is not a safetensors file"
+    return None

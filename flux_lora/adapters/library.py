@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from flux_lora.adapters.formats import Adapter, read
+from flux_lora.adapters.formats import Adapter, read, version
 from flux_lora.errors import FormatError
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -18,19 +18,18 @@ class AdapterLibrary:
         self._budget = budget
         self._known: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()
 
-    def read(self, path: Path) -> Adapter:
-        """The adapter in a file.
+    def read(self, path: Path, name: str | None = None) -> Adapter:
+        """The adapter in a file, which messages call by ``name``, or else by its path.
 
         Raises:
             FormatError: the file cannot be applied, with its name and the reason.
         """
         try:
-            status = path.stat()
+            key = (path.resolve(), *version(path))
         except OSError as error:
-            raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
-        key = (path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+            raise FormatError(f"{name or path} cannot be read: {error.strerror}.") from None
         if key not in self._known:
-            self._known[key] = read(path, self._shapes)
+            self._known[key] = read(path, self._shapes, name)
         self._known.move_to_end(key)
         while len(self._known) > 1 and sum(adapter.nbytes for adapter in self._known.values()) > self._budget:
             self._known.popitem(last=False)

@@ -49,30 +49,48 @@ class Adapter:
     nbytes: int
 
 
-def read(path: Path, shapes: Shapes) -> Adapter:
+def read(path: Path, shapes: Shapes, name: str | None = None) -> Adapter:
     """Read an adapter file for modules of the given shapes.
 
+    Args:
+        path: the file.
+        shapes: of the served parameters.
+        name: what messages call the file; its path when not given.
+
     Raises:
-        FormatError: the file cannot be applied; the message has its path, what it looks like, and the reason.
+        FormatError: the file cannot be applied; the message has its name, what it looks like, and the reason.
     """
-    refused = f"{path} cannot be applied to FLUX.1"
+    refused = f"{name or path} cannot be applied to FLUX.1"
+    header = None
     try:
+        before = version(path)
         header = read_header(path)
-    except (TensorFileError, OSError) as error:
-        raise FormatError(f"{refused}: {error}.") from None
-    try:
-        return _read(path, header, shapes)
-    except (FormatError, SafetensorError, OSError) as error:
-        what = foreign.recognise(header, shapes)
-        raise FormatError(f"{refused}: {f'it looks like {what}; ' if what else ''}{error}.") from None
+        adapter = _read(path, header, shapes)
+        if version(path) != before:
+            raise FormatError("it changed while it was read; try again")
+    except (FormatError, TensorFileError, SafetensorError, OSError) as error:
+        what = foreign.recognise(header, shapes) if header else None
+        reason = error.strerror or "it cannot be read" if isinstance(error, OSError) else error
+        raise FormatError(f"{refused}: {f'it looks like {what}; ' if what else ''}{reason}.") from None
+    return adapter
+
+
+def version(path: Path) -> tuple[int, ...]:
+    """What differs once a path leads to another file or other contents.
+
+    Raises:
+        OSError: the file is not there.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
-    if what := foreign.of_another_model(header.metadata):
-        raise FormatError(f"its metadata says that it is {what}")
     names, ignored = account_for(header, shapes)
     if not names:
         raise FormatError("it holds nothing to apply")
+    if what := foreign.of_another_model(header.metadata, {name.component for name in names.values()}):
+        raise FormatError(f"its metadata says that it is {what}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     contents = load(path, names)
@@ -120,7 +138,7 @@ def _fused(contents: Iterable[LayerParts]) -> list[Fused]:
     return [
         Fused(layer.name.layer, layer.parts["up"].tensor, layer.alpha)
         for layer in contents
-        if layer.name.prefix == "lora_unet" and layer.name.layer.layout == BFL and "up" in layer.parts
+        if layer.alpha and layer.name.layer.layout == BFL and "up" in layer.parts
     ]
 
 

@@ -14,7 +14,7 @@ from flux_lora.adapters.formats.algorithms import Part
 from flux_lora.adapters.formats.layouts import Shapes
 from flux_lora.adapters.formats.names import Name, Names
 from flux_lora.errors import FormatError
-from flux_lora.tensor_files import Header
+from flux_lora.tensor_files import Header, shown
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _INTEGERS = {"I64", "I32", "I16", "I8", "U8"}
@@ -58,7 +58,7 @@ def account_for(header: Header, shapes: Shapes) -> tuple[dict[str, Name], dict[s
         else:
             unknown.append(key)
     if unknown:
-        listed = ", ".join(repr(key[:120]) for key in sorted(unknown)[:_LISTED_KEYS])
+        listed = ", ".join(shown(key) for key in sorted(unknown)[:_LISTED_KEYS])
         more = f" and {len(unknown) - _LISTED_KEYS:,} more" if len(unknown) > _LISTED_KEYS else ""
         raise FormatError(f"{len(unknown):,} of its {len(header.tensors):,} keys are not known: {listed}{more}")
     return names, ignored
@@ -68,7 +68,7 @@ def load(path: Path, names: Mapping[str, Name]) -> list[LayerParts]:
     """Copy the named tensors into host memory, in the file's own types.
 
     Raises:
-        FormatError: a tensor holds NaN or infinite numbers, or two keys name the same one.
+        FormatError: a tensor holds NaN or numbers that are infinite in float32, or two keys name the same one.
     """
     layers: dict[tuple[str, str], dict[str, Part]] = defaultdict(dict)
     samples: dict[tuple[str, str], Name] = {}
@@ -76,7 +76,7 @@ def load(path: Path, names: Mapping[str, Name]) -> list[LayerParts]:
         for key, name in names.items():
             tensor = file.get_tensor(key).clone()
             if not _finite(tensor):
-                raise FormatError(f"{key!r} holds NaN or infinite numbers")
+                raise FormatError(f"{key!r} holds NaN or numbers that are infinite in float32")
             layer = (name.component, name.layer.name)
             if name.part in layers[layer]:
                 raise FormatError(f"{key!r} and {layers[layer][name.part].key!r} are two names of one tensor")
@@ -89,7 +89,8 @@ def _finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations of its own
-    return bool(torch.stack(numbers.aminmax()).isfinite().all())  # many times faster than isfinite of each
+    extremes = torch.stack(numbers.aminmax())  # many times faster than isfinite of each
+    return bool(extremes.float().isfinite().all())
 
 
 def _layer_parts(name: Name, parts: dict[str, Part]) -> LayerParts:

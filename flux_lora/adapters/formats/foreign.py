@@ -4,7 +4,7 @@ The names of the layers tell most models apart; sizes and metadata tell the rest
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flux_lora.adapters.formats.layouts import Shapes
 from flux_lora.adapters.formats.metadata import Metadata, architecture
@@ -59,12 +59,29 @@ _INPUTS = {
 _BY_METADATA = {
     "a LoRA for Chroma": r"chroma",
     "a LoRA for FLUX.2": r"flux[ ._-]?2(?!\d)|klein",
-    "a LoRA for Flex": r"\bflex[ ._-]?[12](?!\d)",
+    "a LoRA for Krea 2": r"krea[ ._-]?2(?!\d)",
+    "a LoRA for Flex": r"flex[ ._-]?[12](?!\d)",
     "a LoRA for HunyuanVideo": r"hunyuan",
+    "a LoRA for Stable Diffusion 3": r"(stable[ ._-]?diffusion|sd)[ ._-]?v?3(?!\d)",
+    "a LoRA for Qwen-Image": r"qwen",
+    "a LoRA for Lumina": r"lumina(?![a-z])",
+    "a LoRA for Z-Image": r"z[ ._-]?image",
+    "a LoRA for Wan": r"wan(?![a-z])",
+    "a LoRA for HiDream": r"hidream",
+    "a LoRA for LongCat-Image": r"longcat",
+    "a LoRA for Ovis-Image": r"ovis",
+    "a LoRA for Bria": r"(bria|fibo)(?![a-z])",
+    "a LoRA for AuraFlow": r"aura[ ._-]?flow",
 }
-"""Models whose layers can have the names and sizes of FLUX.1's."""
+"""Models whose layers can have the names and sizes of FLUX.1's, where no letter stands before the name."""
 
-_RELATIVES = {"Kontext": r"kontext", "Fill": r"fill", "Krea": r"krea", "schnell": r"schnell"}
+_BY_METADATA_OF_ENCODERS = _BY_METADATA | {
+    "a LoRA for SDXL": r"(stable[ ._-]?diffusion[ ._-]?|sd)xl",
+    "a LoRA for Stable Diffusion 1": r"(stable[ ._-]?diffusion|sd)[ ._-]?v?1(?!\d)",
+}
+"""The same for a file without transformer layers; for others ai-toolkit once wrote ``sd_1.5``, whatever the model."""
+
+_RELATIVES = {"Kontext": r"kontext", "Fill": r"fill", "Krea": r"krea(?![ ._-]?2(?!\d))", "schnell": r"schnell"}
 """Models with FLUX.1-dev's layers and sizes, whose LoRAs are applied."""
 
 
@@ -81,16 +98,18 @@ def recognise(header: Header, shapes: Shapes) -> str | None:
     )
 
 
-def of_another_model(metadata: Metadata) -> str | None:
-    """Which other model the metadata names, if its layers could be taken for FLUX.1's."""
+def of_another_model(metadata: Metadata, components: Collection[str] = ("transformer",)) -> str | None:
+    """Which other model the metadata names, if its layers in these components could be taken for FLUX.1's."""
     model = architecture(metadata)
-    return next((what for what, pattern in _BY_METADATA.items() if re.search(pattern, model, re.IGNORECASE)), None)
+    models = _BY_METADATA if "transformer" in components else _BY_METADATA_OF_ENCODERS
+    return next((what for what, pattern in models.items() if re.search(rf"(?<![a-z])({pattern})", model, re.I)), None)
 
 
 def relative(metadata: Metadata) -> str | None:
     """Which sibling of FLUX.1-dev the metadata names."""
     model = f"{architecture(metadata)} {metadata.get('ss_sd_model_name', '')}"
-    return next((f"FLUX.1 {name}" for name, pattern in _RELATIVES.items() if re.search(pattern, model, re.I)), None)
+    found = (name for name, word in _RELATIVES.items() if re.search(rf"(?<![a-z])(flux)?{word}(?![a-z])", model, re.I))
+    return next((f"FLUX.1 {name}" for name in found), None)
 
 
 def _by_input(sizes: Sizes, served: tuple[int, ...] | None) -> str | None:

@@ -5,6 +5,7 @@ Forest Labs' names (github.com/black-forest-labs/flux, src/flux/model.py) fuse s
 adapters rather than the layers. All sizes and block counts come from the served modules' shapes.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -83,10 +84,15 @@ _XLABS_SINGLE = {
     "processor.proj_lora": ("proj_out",),
 }
 
+_EMBEDDING = re.compile(r"(^|\.)(shared|embed_tokens|token_embedding|position_embedding|relative_attention_bias)\.")
+"""Tables of the text encoders, whose adapters are other than those of the matrices of linear layers."""
+
 
 def layers(component: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
-    """Every layer of one component, in every layout that has it."""
-    names = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+    """Every linear layer and norm of one component, in every layout that has it."""
+    names = [
+        name.removesuffix(".weight") for name in shapes if name.endswith(".weight") and not _EMBEDDING.search(name)
+    ]
     yield from (_layer(name, HF, (name,), shapes) for name in names)
     if component == "text_encoder":  # transformers before 5 had one level more, and trainers' files still have it
         yield from (_layer(f"text_model.{name}", HF, (name,), shapes) for name in names if "text_model" not in name)

@@ -26,14 +26,14 @@ _PREFIXES = {
 }
 
 _PARTS = {
-    "down": ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight",
-             "lora_linear_layer.down.weight", "down.weight"),
-    "up": ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora.up.weight",
-           "lora_linear_layer.up.weight", "up.weight"),
+    "down": ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora_down.default.weight",
+             "lora.down.weight", "lora_linear_layer.down.weight", "down.weight"),
+    "up": ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora_up.default.weight",
+           "lora.up.weight", "lora_linear_layer.up.weight", "up.weight"),
     "up_bias": ("lora_B.bias", "lora_B.default.bias", "lora_up.bias"),
-    "alpha": ("alpha",),
-    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight",
-                  "magnitude"),  # PEFT, and ai-toolkit's DoRA
+    "alpha": ("alpha", "lora_alpha"),
+    "magnitude": ("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default",
+                  "lora_magnitude_vector.default.weight", "magnitude"),  # PEFT, and ai-toolkit's DoRA
     "dora_scale": ("dora_scale",),
     "diff": ("diff", "w_norm"),
     "diff_b": ("diff_b", "b_norm"),
@@ -75,7 +75,7 @@ class Names:
         match = _KEY.fullmatch(key)
         if match is None:
             return None
-        wanted = match["layer"].removeprefix("base_model.model.").replace(".", "_")
+        wanted = match["layer"].replace("base_model.model.", "", 1).replace(".", "_")
         wanted = wanted.removesuffix("_scale")  # BFL's name for a norm's weight
         for component, known in self._layers.items():
             for prefix in _PREFIXES[component]:

@@ -5,8 +5,10 @@ saves the n of them as one: ``lora_down`` (n·r, in), ``lora_up`` block-diagonal
 scaled by α/r, so α/(n·r), which sd-scripts, ComfyUI and diffusers all use when they load the file, is n times too weak.
 
 Converters (``networks/convert_flux_lora.py``, OneTrainer before its format choice) write the same shapes for adapters
-that were separate to begin with, and multiply alpha by n: there α/(n·r) is right. So block-diagonal factors alone say
-nothing; the metadata decides, or how alpha compares with that of the other layers.
+that were separate to begin with, and multiply alpha by n: there α/(n·r) is right. So the metadata decides, else how
+alpha compares with that of the other layers. Where neither tells, as in a file of qkv layers alone, an alpha that is
+the n·r columns of ``lora_up`` is a converter's, which writes that for every file without alphas (ai-toolkit's,
+diffusers'); any other alpha means split, as the trainer is the more frequent writer of such files.
 """
 
 import json
@@ -16,16 +18,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flux_lora.adapters.formats.layouts import Layer
-from flux_lora.errors import FormatError
 
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """A low-rank update in sd-scripts' layout: its layer, ``lora_up`` (out, rows) and alpha."""
+    """A low-rank update in BFL's layout that has an alpha: its layer, ``lora_up`` (out, columns) and alpha."""
 
     layer: Layer
     up: Tensor
-    alpha: float | None
+    alpha: float
 
     @property
     def parts(self) -> int:
@@ -33,16 +34,14 @@ class Fused:
 
 
 def trained_split(updates: list[Fused], metadata: Mapping[str, str]) -> tuple[set[str], str]:
-    """The names of the layers whose rank is that of one part, and what told; empty when there are none.
-
-    Raises:
-        FormatError: the file does not tell.
-    """
+    """The names of the layers whose rank is that of one part, and the choice with what told; empty without any."""
     diagonal = [update for update in updates if _block_diagonal(update)]
     if not diagonal:
         return set(), ""
-    split, reason = _by_metadata(diagonal, metadata) or _by_alpha(diagonal, updates)
-    return ({update.layer.name for update in diagonal}, f"split qkv, by {reason}") if split else (set(), "")
+    split, reason = _by_metadata(diagonal, metadata) or _by_alpha(diagonal, updates) or _by_factors(diagonal)
+    if not split:
+        return set(), f"not split qkv, by {reason}"
+    return {update.layer.name for update in diagonal}, f"split qkv, by {reason}"
 
 
 def _by_metadata(diagonal: list[Fused], metadata: Mapping[str, str]) -> tuple[bool, str] | None:
@@ -60,17 +59,19 @@ def _by_metadata(diagonal: list[Fused], metadata: Mapping[str, str]) -> tuple[bo
     return None
 
 
-def _by_alpha(diagonal: list[Fused], updates: list[Fused]) -> tuple[bool, str]:
+def _by_alpha(diagonal: list[Fused], updates: list[Fused]) -> tuple[bool, str] | None:
     """One alpha serves a whole training, so it is the reading under which all layers have the same."""
-    if None in (alphas := {update.alpha for update in updates}):
-        return False, "the absence of alpha"
-    unsplit = {update.alpha / (update.parts if update in diagonal else 1) for update in updates if update.alpha}
+    alphas = {update.alpha for update in updates}
+    unsplit = {update.alpha / (update.parts if update in diagonal else 1) for update in updates}
     if (len(alphas) == 1) == (len(unsplit) == 1):
-        raise FormatError(
-            f"{diagonal[0].layer.name} and others have block-diagonal factors, as sd-scripts' split_qkv=True and "
-            "converters both write them, and neither metadata nor alphas tell which; train with metadata or convert it"
-        )
+        return None
     return len(alphas) == 1, "alpha"
+
+
+def _by_factors(diagonal: list[Fused]) -> tuple[bool, str]:
+    if all(update.alpha == update.up.shape[1] for update in diagonal):
+        return False, "alpha, which is the whole rank"
+    return True, "the block-diagonal lora_up"
 
 
 def _block_diagonal(update: Fused) -> bool:

@@ -36,6 +36,7 @@ def dora(weight: Tensor, update: Tensor, magnitude: Tensor, dim: int) -> Tensor:
         # toolkit/models/DoRA.py of ostris/ai-toolkit
         ("magnitude", (9216,), 1),
         ("lora_magnitude_vector.weight", (9216,), 1),
+        ("lora_magnitude_vector.default", (9216,), 1),
     ],
 )
 def test_dora_over_a_fused_layer(suffix: str, shape: tuple[int, ...], dim: int, tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 """What cannot be applied is refused: with the file, the reason, the keys, and what the file looks like."""
 
 import json
+import os
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux_lora.adapters import formats
 from flux_lora.adapters.formats import read
+from flux_lora.adapters.formats.contents import LayerParts, load
 from flux_lora.errors import FormatError
 from tests.adapters.formats.helpers import Shape, shapes, small_text_encoder, tiny_flux
 
@@ -97,24 +102,104 @@ def test_what_is_no_lora_is_named(what: str, key: str, shape: Shape, tmp_path: P
 @pytest.mark.parametrize(
     ("metadata", "what"),
     [
-        ({"modelspec.architecture": "Chroma1/lora"}, "a LoRA for Chroma"),
-        ({"ss_base_model_version": "chroma"}, "a LoRA for Chroma"),
-        ({"ss_base_model_version": "flux2_klein_4b"}, "a LoRA for FLUX.2"),
-        ({"ss_base_model_version": "hunyuan_video"}, "a LoRA for HunyuanVideo"),
+        ({"modelspec.architecture": "Chroma1/lora"}, "Chroma"),
+        ({"ss_base_model_version": "chroma"}, "Chroma"),
+        ({"ss_base_model_version": "flux2_klein_4b"}, "FLUX.2"),
+        ({"ss_base_model_version": "hunyuan_video"}, "HunyuanVideo"),
+        ({"modelspec.architecture": "Qwen-Image/lora"}, "Qwen-Image"),
+        ({"ss_base_model_version": "qwen_image"}, "Qwen-Image"),
+        ({"modelspec.architecture": "stable-diffusion-v3/lora"}, "Stable Diffusion 3"),
+        ({"modelspec.architecture": "stable-diffusion-3-medium/lora"}, "Stable Diffusion 3"),
+        ({"modelspec.architecture": "lumina-2/lora"}, "Lumina"),
+        ({"modelspec.architecture": "Krea-2/lora"}, "Krea 2"),
+        ({"ss_base_model_version": "zimage"}, "Z-Image"),
+        ({"ss_base_model_version": "wan_2.1"}, "Wan"),
     ],
 )
 def test_models_that_share_names_and_sizes_are_told_by_metadata(
     metadata: dict[str, str], what: str, tmp_path: Path
 ) -> None:
-    assert what in refusal(tmp_path, GOOD, metadata)
+    assert f"its metadata says that it is a LoRA for {what}." in refusal(tmp_path, GOOD, metadata)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "what"),
+    [
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "Stable Diffusion 1"),
+        ({"ss_base_model_version": "sd_v1"}, "Stable Diffusion 1"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "SDXL"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "SDXL"),
+        ({"ss_base_model_version": "sd3"}, "Stable Diffusion 3"),
+    ],
+)
+def test_models_that_share_clip_are_told_by_metadata(metadata: dict[str, str], what: str, tmp_path: Path) -> None:
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    clip = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(16, 2)}
+    assert f"its metadata says that it is a LoRA for {what}." in refusal(tmp_path, clip, metadata)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        # library/sai_model_spec.py and library/flux_utils.py of kohya-ss/sd-scripts
+        *({"modelspec.architecture": f"{name}/lora"} for name in ("flux-1-dev", "flux-1-schnell", "flux-1")),
+        {"ss_base_model_version": "flux1", "ss_sd_model_name": "flux1-dev.safetensors"},
+        # modules/util/enum/ModelType.py and modules/modelSaver of Nerogar/OneTrainer
+        {"modelspec.architecture": "Flux.1-dev/lora"},
+        {"modelspec.architecture": "Flux.1-fill-dev/lora"},
+        # toolkit of ostris/ai-toolkit, before it knew FLUX.1 by name, and after
+        {"ss_base_model_version": "sd_1.5"},
+        {"ss_base_model_version": "flux.1"},
+        {"ss_base_model_version": "flux_kontext"},
+        # others' variations
+        {"modelspec.architecture": "flux-1-dev-krea/lora"},
+        {"modelspec.architecture": "FLUX.1-dev"},
+        {"ss_base_model_version": "flux"},
+    ],
+)
+def test_metadata_of_flux_1_is_accepted(metadata: dict[str, str], tmp_path: Path) -> None:
+    save_file(GOOD, tmp_path / "x.safetensors", metadata)
+    assert read(tmp_path / "x.safetensors", SERVED).updates["transformer"]
 
 
 DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
-    "NaN": (GOOD | {f"{LAYER}.lora_A.weight": torch.full((2, 32), torch.nan)}, "lora_A.weight' holds NaN or infinite"),
-    "infinity": (GOOD | {f"{LAYER}.lora_B.weight": torch.full((32, 2), torch.inf)}, "lora_B.weight' holds NaN or inf"),
+    "NaN": (
+        GOOD | {f"{LAYER}.lora_A.weight": torch.full((2, 32), torch.nan)},
+        "lora_A.weight' holds NaN or numbers that are inf",
+    ),
+    "infinity": (
+        GOOD | {f"{LAYER}.lora_B.weight": torch.full((32, 2), torch.inf)},
+        "lora_B.weight' holds NaN or numbers that",
+    ),
     "NaN in float8": (
         GOOD | {f"{LAYER}.lora_A.weight": torch.full((2, 32), torch.nan).to(torch.float8_e4m3fn)},
         "lora_A.weight' holds NaN",
+    ),
+    "infinity in float32": (
+        GOOD | {f"{LAYER}.lora_A.weight": torch.full((2, 32), -1e300, dtype=torch.float64)},
+        "lora_A.weight' holds NaN or numbers that are infinite in float32",
+    ),
+    "an alpha that is infinite in float32": (
+        GOOD | {f"{LAYER}.alpha": torch.tensor(1e308, dtype=torch.float64)},
+        "alpha' holds NaN or numbers that are infinite in float32",
+    ),
+    "a LoRA of an embedding": (
+        {
+            "text_encoder.embeddings.token_embedding.lora_A.weight": torch.ones(2, 16),
+            "text_encoder.embeddings.token_embedding.lora_B.weight": torch.ones(99, 2),
+        },
+        "2 of its 2 keys are not known",
+    ),
+    "a LoRA of T5's position bias": (
+        {
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.lora_A.weight": torch.ones(
+                2, 2
+            ),
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.lora_B.weight": torch.ones(
+                32, 2
+            ),
+        },
+        "2 of its 2 keys are not known",
     ),
     "NaN alpha": (GOOD | {f"{LAYER}.alpha": torch.tensor(torch.nan)}, "alpha' holds NaN"),
     "alpha of two numbers": (
@@ -209,12 +294,57 @@ def test_damage_is_named(damage: str, tmp_path: Path) -> None:
         ({"transformer.alpha_pattern": ["to_q"]}, "is not a number"),
         ({"transformer.alpha_pattern": {"(a|a)*b": 1}}, "is not a layer's name"),
         ({"transformer.alpha_pattern": {".*.*.*to_q": 1}}, "is not a layer's name"),
+        ({"transformer.alpha_pattern": dict.fromkeys(map(str, range(4097)), 1)}, "more than 4,096 alpha patterns"),
+        ({"transformer.alpha_pattern": {f"{i}.*": 1 for i in range(65)}}, "or 64 with '.*'"),
         ({"transformer.lora_alpha": float("inf")}, "is not finite"),
+        ({"transformer.lora_alpha": 1e308}, "is not finite in float32"),
+        ({"transformer.alpha_pattern": {"to_q": -1e39}}, "is not finite in float32"),
+        ({"transformer.peft_type": "A" * 1_000_000}, "a PEFT adapter of type 'AAA"),
+        ({"unet.r": 2, "unet.lora_alpha": 8}, "has the setting 'unet.r', of no component"),
+        ({"transformer.r": 2, "lora_alpha": 8}, "has the setting 'lora_alpha', of no component"),
+        ({"transformer.r": 2, "base.transformer.lora_alpha": 8}, "has the setting 'base.transformer.lora_alpha'"),
         ([], "cannot be read"),
     ],
 )
 def test_settings_that_mean_something_else(settings: object, reason: str, tmp_path: Path) -> None:
-    assert reason in refusal(tmp_path, GOOD, {"lora_adapter_metadata": json.dumps(settings)})
+    message = refusal(tmp_path, GOOD, {"lora_adapter_metadata": json.dumps(settings)})
+    assert reason in message
+    assert len(message) < 500
+
+
+def test_thousands_of_alpha_patterns_take_no_time(tmp_path: Path) -> None:
+    """Written with 4,000 names, 64 of them with wildcards; each layer asks for its alpha, and matches none."""
+    patterns = {f"layer_{i}": 1 for i in range(4000)} | {f".*x.*layer_{i}": 1 for i in range(64)}
+    layers = [name.removesuffix(".weight") for name, shape in FLUX.items() if len(shape) == 2]
+    tensors = {f"transformer.{name}.lora_A.weight": torch.ones(1, FLUX[f"{name}.weight"][1]) for name in layers}
+    tensors |= {f"transformer.{name}.lora_B.weight": torch.ones(FLUX[f"{name}.weight"][0], 1) for name in layers}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": patterns})}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    started = time.process_time()
+    read(tmp_path / "x.safetensors", SERVED)
+    assert time.process_time() - started < 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(GOOD, path)
+
+    def load_slowly(*arguments: Any) -> list[LayerParts]:
+        contents = load(*arguments)
+        os.utime(path, ns=(0, 0))
+        return contents
+
+    monkeypatch.setattr(formats, "load", load_slowly)
+    with pytest.raises(FormatError, match="it changed while it was read"):
+        read(path, SERVED)
+
+
+def test_messages_call_the_file_by_its_given_name(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(FormatError) as caught:
+            read(path, SERVED, "owner/name")
+        assert str(caught.value).startswith("owner/name cannot be applied to FLUX.1: ")
+        assert str(tmp_path) not in str(caught.value)
 
 
 def test_unknown_keys_are_listed_and_counted(tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ IN_DIFFUSERS_LAYOUT = {
     "PEFT with an adapter's name": Spelling(
         "transformer.", False, "lora_A.default.weight", "lora_B.default.weight", False, "diffusers/PEFT"
     ),
+    "PEFT around diffusers": Spelling("transformer.base_model.model.", False, *PEFT, False, "diffusers/PEFT"),
+    "kohya suffixes with an adapter's name": Spelling(
+        "transformer.", False, "lora_down.default.weight", "lora_up.default.weight", True, "diffusers/PEFT"
+    ),
     "older diffusers": Spelling("transformer.", False, "lora.down.weight", "lora.up.weight", False, "diffusers/PEFT"),
     # modules/util/convert_lora_util.py of Nerogar/OneTrainer: convert_to_mixture
     "OneTrainer": Spelling("lora_transformer_", True, *KOHYA, True, "OneTrainer"),
@@ -101,6 +105,14 @@ def test_diffusers_layout(spelling: Spelling, tmp_path: Path) -> None:
     assert adapter.family == spelling.family
 
 
+def test_lora_alpha_is_alpha(tmp_path: Path) -> None:
+    """SimpleTuner's spelling: simpletuner/helpers/training/lora_format.py of bghira/SimpleTuner."""
+    model = tiny_flux()
+    tensors, trained = train(model, IN_DIFFUSERS_LAYOUT["alpha beside"])
+    renamed = {key.replace(".alpha", ".lora_alpha"): tensor for key, tensor in tensors.items()}
+    check(write(tmp_path / "x.safetensors", renamed), model.state_dict(), trained)
+
+
 @pytest.mark.parametrize(
     ("component", "prefix"),
     [
@@ -110,6 +122,7 @@ def test_diffusers_layout(spelling: Spelling, tmp_path: Path) -> None:
         ("text_encoder", "text_encoders.clip_l.transformer."),  # modules/model/FluxModel.py of Nerogar/OneTrainer
         ("text_encoder_2", "text_encoders.t5xxl.transformer."),
         ("text_encoder_2", "text_encoder_2."),
+        ("text_encoder", "text_encoder.base_model.model."),
     ],
 )
 def test_text_encoders(component: str, prefix: str, tmp_path: Path) -> None:

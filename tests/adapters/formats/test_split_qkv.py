@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_lora.adapters.formats import read
-from flux_lora.errors import FormatError
 from tests.adapters.formats.helpers import (
     INPUTS,
     State,
@@ -20,7 +18,6 @@ from tests.adapters.formats.helpers import (
     check,
     file_tensor,
     linears,
-    shapes,
     to_diffusers,
     write,
 )
@@ -29,8 +26,11 @@ RANK, ALPHA = 2, 3
 PARTS = {"qkv": (3072,) * 3, "linear1": (3072,) * 3 + (12288,)}
 
 
-def train(*, converted: bool, only: str = "") -> tuple[State, State, State]:
-    """Adapters of rank 2 and alpha 3 for each part: a file's tensors, the weights without and with them."""
+SPLIT, WHOLE = ({"ss_network_args": json.dumps({"split_qkv": said})} for said in ("True", "False"))
+
+
+def train(*, converted: bool, only: str = "", alpha: int = ALPHA) -> tuple[State, State, State]:
+    """Adapters of rank 2 for each part: a file's tensors, the weights without and with them."""
     model = bfl_flux(single=1)
     base = dict(model.state_dict())
     tensors, trained = {}, dict(base)
@@ -41,39 +41,45 @@ def train(*, converted: bool, only: str = "") -> tuple[State, State, State]:
             key = f"lora_unet_{name.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"] = torch.cat(downs)
             tensors[f"{key}.lora_up.weight"] = torch.block_diag(*ups)
-            tensors[f"{key}.alpha"] = torch.tensor(float(ALPHA * (len(sizes) if converted else 1)))
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha * (len(sizes) if converted else 1)))
             product: Tensor = torch.cat([up @ down for up, down in zip(ups, downs, strict=True)])
-            trained[f"{name}.weight"] = base[f"{name}.weight"] + ALPHA / RANK * product
+            trained[f"{name}.weight"] = base[f"{name}.weight"] + alpha / RANK * product
     return tensors, to_diffusers(base), to_diffusers(trained)
 
 
 @pytest.mark.parametrize(
-    ("metadata", "converted", "only", "told_by"),
+    ("metadata", "converted", "only", "alpha", "told"),
     [
-        ({"ss_network_args": json.dumps({"split_qkv": "True"})}, False, "", "ss_network_args"),
-        ({"ss_network_args": json.dumps({"split_qkv": "True"})}, False, "qkv", "ss_network_args"),
-        ({"ss_network_dim": "2"}, False, "linear1", "ss_network_dim"),
-        ({}, False, "", "alpha"),
-        ({"ss_network_args": json.dumps({"split_qkv": "False"})}, True, "", None),
-        ({}, True, "", None),
+        (SPLIT, False, "", ALPHA, "split qkv, by ss_network_args"),
+        (SPLIT, False, "qkv", ALPHA, "split qkv, by ss_network_args"),
+        ({"ss_network_dim": "2"}, False, "linear1", ALPHA, "split qkv, by ss_network_dim"),
+        ({}, False, "", ALPHA, "split qkv, by alpha"),
+        ({}, False, "qkv", ALPHA, "split qkv, by the block-diagonal lora_up"),
+        ({}, False, "linear1", ALPHA, "split qkv, by the block-diagonal lora_up"),
+        (WHOLE, True, "", ALPHA, "not split qkv, by ss_network_args"),
+        ({"ss_network_dim": "8"}, True, "linear1", ALPHA, "not split qkv, by ss_network_dim"),
+        ({}, True, "", ALPHA, "not split qkv, by alpha"),
+        ({}, True, "qkv", RANK, "not split qkv, by alpha, which is the whole rank"),
     ],
 )
 def test_alpha_goes_with_the_rank_it_was_trained_with(
-    metadata: dict[str, str], converted: bool, only: str, told_by: str | None, tmp_path: Path
+    metadata: dict[str, str], converted: bool, only: str, alpha: int, told: str, tmp_path: Path
 ) -> None:
-    tensors, base, trained = train(converted=converted, only=only)
+    tensors, base, trained = train(converted=converted, only=only, alpha=alpha)
     adapter = check(write(tmp_path / "x.safetensors", tensors, metadata), base, trained)
-    if told_by:
-        assert "rank 2, alpha 3" in adapter.summary
-        assert f"split qkv, by {told_by}" in adapter.summary
-    else:
-        assert "split qkv" not in adapter.summary
+    assert f", {told}, sha256" in adapter.summary
+    assert ("rank 2, alpha 3" in adapter.summary) == told.startswith("split")
 
 
-def test_what_does_not_tell_is_refused(tmp_path: Path) -> None:
-    tensors, base, _ = train(converted=False, only="linear1")
-    with pytest.raises(FormatError, match="split_qkv"):
-        read(write(tmp_path / "x.safetensors", tensors), {"transformer": shapes(base)})
+@pytest.mark.parametrize("metadata", [SPLIT, {}])
+def test_other_names_of_the_same_layers_mean_the_same(metadata: dict[str, str], tmp_path: Path) -> None:
+    tensors, base, trained = train(converted=False)
+    names = {name.replace(".", "_"): name for name in linears(bfl_flux(single=1))}
+    renamed = {}
+    for key, tensor in tensors.items():
+        layer, _, end = key.removeprefix("lora_unet_").partition(".")
+        renamed[f"diffusion_model.{names[layer]}.{end}"] = tensor
+    assert "split qkv" in check(write(tmp_path / "x.safetensors", renamed, metadata), base, trained).summary
 
 
 def test_zeros_need_no_decision(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_one_line_says_it_all(tmp_path: Path) -> None:
         ({"ss_tag_frequency": json.dumps({"1_TOK": {"TOK": 1}})}, "trigger word 'TOK'"),  # as ai-toolkit writes it
         ({"modelspec.architecture": "Flux.1-fill-dev/lora"}, "trained on FLUX.1 Fill"),  # as OneTrainer writes it
         ({"ss_sd_model_name": "flux1-krea-dev.safetensors"}, "trained on FLUX.1 Krea"),  # as sd-scripts writes it
+        ({"ss_sd_model_name": "fluxFill_v1.safetensors"}, "trained on FLUX.1 Fill"),
         ({"modelspec.architecture": "flux-1-schnell/lora"}, "trained on FLUX.1 schnell"),
     ],
 )
@@ -48,8 +49,10 @@ def test_origin(metadata: dict[str, str], said: str, tmp_path: Path) -> None:
     [
         {},
         {"ss_tag_frequency": json.dumps({"10_cat": {"cat": 3, "sofa": 1}})},  # captions of sd-scripts are no trigger
-        {"ss_tag_frequency": "not JSON"},
+        *({"ss_tag_frequency": text} for text in ("not JSON", '{"a": 1}', '{"a": null}', '{"a": "TOK"}')),
         {"ss_sd_model_name": "flux_2024_chromatic.safetensors"},  # a file's name proves nothing
+        {"ss_sd_model_name": "fulfillment_v2.safetensors"},
+        {"ss_sd_model_name": "krea-2.safetensors"},
     ],
 )
 def test_silence_where_the_metadata_says_nothing(metadata: dict[str, str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import httpx2
 import psutil
@@ -71,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"
     )
-    parser.add_argument("--upload-url", metavar="URL", help="where pictures are put; default: they are in the answer")
+    parser.add_argument(
+        "--upload-url", type=_address, metavar="URL", help="where pictures are put; default: they are in the answer"
+    )
     return parser
 
 
@@ -109,6 +112,14 @@ def _place_schema(project: Path) -> None:
         part.replace(folder / "openapi_schema.json")
     except OSError as error:
         raise SettingsError(f"The schema cannot be put into {folder}: {error.strerror}.") from None
+
+
+def _address(url: str) -> str:
+    """An address that pictures can be put to; Cog itself would only find out after drawing one."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"{url!r} is not an http or https address")
+    return url
 
 
 def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) -> None:

@@ -256,3 +256,10 @@ def test_the_miniature_serves_only_where_no_weights_were_named_or_put(
     commands.prepare_environment()
     assert os.environ["FLUX_WEIGHTS"] == str(tmp_path / expected)
     assert ("whose pictures are noise" in capsys.readouterr().err) == (expected == "weights/mini")
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "http://"])
+def test_an_upload_address_that_is_none_is_refused_at_once(capsys, url):
+    with pytest.raises(SystemExit):
+        serve_command.main(["--upload-url", url])
+    assert "is not an http or https address" in capsys.readouterr().err

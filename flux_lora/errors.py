@@ -21,7 +21,7 @@ class WeightsError(FluxLoraError):
 
 
 class DeviceMemoryError(FluxLoraError):
-    """A device without room for the models; the message holds the numbers."""
+    """A device without room for the models, or for a request; the message holds the numbers."""
 
 
 class AdapterError(FluxLoraError):

@@ -1,5 +1,6 @@
 """The story: a request -> its fine-tune merged -> images drawn -> checked -> files."""
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -189,8 +190,8 @@ class Generator:
     def _load_fine_tune(self, fine_tune: str | None) -> Adapter | None:
         bundled = self._settings.weights / BUNDLED
         if fine_tune:
-            here = self._settings.weights / fine_tune
-            source = str(here) if here.is_file() else fine_tune
+            here = os.path.join(self._settings.weights, fine_tune)  # noqa: PTH118 - a data: URI is too long for a Path
+            source = here if os.path.isfile(here) else fine_tune  # noqa: PTH113
             adapter = self._library.read(self._sources.fetch(source, root=None), label(fine_tune))
         elif bundled.exists() or bundled.is_symlink():
             adapter = self._library.read(bundled)

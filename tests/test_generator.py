@@ -1,5 +1,6 @@
 """The engine without Cog: judged by bits against fresh generators, and by diffusers and PEFT."""
 
+import base64
 import shutil
 import threading
 from collections.abc import Callable
@@ -338,6 +339,12 @@ def test_a_fine_tune_that_cannot_be_applied_fails_set_up(weights: Path, case: st
 def test_a_fine_tune_may_be_named_as_in_the_weights_directory(weights: Path) -> None:
     (weights / "lora.safetensors").rename(weights / "mine.safetensors")
     assert build(weights, "mine.safetensors")._fine_tune is not None
+
+
+def test_a_fine_tune_may_be_the_file_itself(tmp_path: Path) -> None:
+    content = base64.b64encode((MINI / "lora.safetensors").read_bytes()).decode()
+    used = build(without_lora(tmp_path / "w"), f"data:;base64,{content}", adapter_cache=tmp_path / "cache")
+    assert used._fine_tune is not None
 
 
 def test_a_named_fine_tune_that_is_missing_fails_set_up(tmp_path: Path) -> None:

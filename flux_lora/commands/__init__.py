@@ -41,7 +41,7 @@ def prepare_environment() -> None:
                 file=sys.stderr,
             )
     os.environ["FLUX_WEIGHTS"] = str(weights)
-    if settings.cog_weights and Path(settings.cog_weights).exists():
+    if settings.cog_weights and os.path.exists(settings.cog_weights):  # noqa: PTH110 - Path fails on a long data: URI
         os.environ["COG_WEIGHTS"] = str(Path(settings.cog_weights).absolute())
     if "adapter_cache" in settings.model_fields_set:
         os.environ["FLUX_ADAPTER_CACHE"] = str(settings.adapter_cache.absolute())

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import socket
 import subprocess
@@ -45,13 +46,19 @@ class Server:
     temporary: Path
     connections: Path
 
-    def predict(self, **inputs: Any) -> dict[str, Any]:
-        """The answer to a valid request, after Cog has freed its one slot."""
-        for _ in range(50):
-            response = httpx.post(f"{self.url}/predictions", json={"input": inputs}, timeout=120)
+    def post(self, body: str) -> httpx.Response:
+        """The answer to a request; Cog answers the one before a little before its only slot is free again."""
+        for _ in range(100):
+            headers = {"Content-Type": "application/json"}
+            response = httpx.post(f"{self.url}/predictions", content=body, headers=headers, timeout=120)
             if response.status_code != 409:
                 break
             time.sleep(0.1)
+        return response
+
+    def predict(self, **inputs: Any) -> dict[str, Any]:
+        """The answer to a valid request."""
+        response = self.post(json.dumps({"input": inputs}))
         assert response.status_code == 200, response.text
         return response.json()
 

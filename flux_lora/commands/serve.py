@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -31,6 +32,9 @@ EXAMPLE = '{"input": {"prompt": "a tomato on a blue background"}}'
 
 ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - they are compared with, not listened on
 """Where a client on this machine finds a server that listens on all addresses."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux' ``prctl``."""
 
 POLL_SECONDS = 0.2
 WORKER_GONE_SECONDS = 1
@@ -146,6 +150,7 @@ def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) 
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches it through here only
+        preexec_fn=_end_with_parent,
     )
     log = threading.Thread(target=_show_log, args=(server.stdout, stop))
     log.start()
@@ -155,6 +160,12 @@ def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) 
         stop.set()
         _end(server)
         log.join()
+
+
+def _end_with_parent() -> None:
+    """On Linux, be told to end when the parent is killed: the port must not stay taken by a server that nobody sees."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _watch(server: subprocess.Popen[str], address: str, stop: threading.Event) -> None:

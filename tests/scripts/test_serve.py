@@ -161,6 +161,15 @@ def test_a_signal_ends_the_server_and_its_worker(serve, number):
     assert "Traceback" not in server.output
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_killing_the_command_ends_the_server_and_its_worker(serve):
+    server = serve()
+    server.wait_for("Ready")
+    below = server.below()
+    server.process.kill()
+    wait_until_gone(below)
+
+
 def test_a_signal_ends_a_set_up_that_hangs(serve):
     server = serve(DUMMY="wait")
     while len(server.below()) < 2:

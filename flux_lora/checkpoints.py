@@ -24,7 +24,7 @@ OLDER_CLIP_PREFIX = "text_model."
 """Files of CLIP that transformers 4 wrote, FLUX.1's own among them, have it; the module's parameters do not."""
 
 WORKING_BYTES = {"cuda": 5 * 2**30, "cpu": 2**30}
-"""Room beyond the weights for activations, the largest being those of a decode at 1440×1440."""
+"""Room beyond the weights for activations. An estimate: it has not been measured on a GPU yet."""
 
 LIBRARY_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
 """What diffusers and transformers raise on damaged files."""

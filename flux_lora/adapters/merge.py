@@ -1,8 +1,8 @@
 """Merging adapters into the weights in place: W' = W + Σ s·ΔW, exact and reversible.
 
 The pristine weight and its contributions, in the order of their adapters' digests, are summed in float32 and rounded
-once to the weight's type. Nothing is ever subtracted: every state is computed from pristine
-weights, so it depends on nothing but the adapters and scales in it.
+once to the weight's type. Nothing is ever subtracted: every state is computed from pristine weights, so it depends on
+nothing but the adapters and scales in it.
 """
 
 from collections import defaultdict

@@ -40,11 +40,23 @@ def describe(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; what a container may use counts as the host's memory."""
+    """Bytes that can still be allocated on a device; what a container may use counts as the host's memory.
+
+    On a GPU the allocator's cap (``torch.cuda.set_per_process_memory_fraction``) counts too.
+    """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - allocated
+        return min(free + cached, int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated)
     return min([int(psutil.virtual_memory().available), *_container_memory()])
+
+
+def cap(device: torch.device, size: int) -> None:
+    """Let this process's tensors take at most ``size`` bytes of a GPU, or less where a smaller cap is in force."""
+    total = torch.cuda.mem_get_info(device)[1]
+    fraction = min(size / total, torch.cuda.get_per_process_memory_fraction(device))
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 def _container_memory() -> Iterator[int]:

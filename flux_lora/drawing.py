@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flux_lora.errors import DrawingError
 from flux_lora.latents import crop_centre, drawable, initial_noise, pack, unpack
+from flux_lora.memory import strips
 from flux_lora.prompts import Encoded
 
 
@@ -54,9 +55,10 @@ def denoise(
 
 
 @torch.no_grad()
-def decode(pipeline: Any, latents: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Turn latents into an RGB image of exactly ``size``, the centre of what was drawn."""
+def decode(pipeline: Any, latents: Tensor, size: tuple[int, int], in_strips: bool = False) -> Image.Image:
+    """Turn latents into an RGB image of exactly ``size``, the centre of what was drawn; in strips with less memory."""
     vae = pipeline.vae
     scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    images: list[Image.Image] = pipeline.image_processor.postprocess(vae.decode(scaled, return_dict=False)[0])
+    pixels = strips.decode(vae, scaled) if in_strips else vae.decode(scaled, return_dict=False)[0]
+    images: list[Image.Image] = pipeline.image_processor.postprocess(pixels)
     return crop_centre(images[0], *size)

@@ -3,28 +3,29 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flux_lora import checkpoints, devices, downloads, outputs, safety
+from flux_lora import attention, checkpoints, compilation, devices, downloads, outputs, profiles, safety, step_cache
 from flux_lora.adapters.formats import Adapter
 from flux_lora.adapters.library import AdapterLibrary
 from flux_lora.adapters.merge import AdapterSet, MergedModule
 from flux_lora.adapters.sources import Sources
 from flux_lora.adapters.sources.spelling import label
 from flux_lora.drawing import decode, denoise
-from flux_lora.errors import DeviceMemoryError, SafetyError, WeightsError
+from flux_lora.errors import DrawingError, SafetyError, WeightsError
+from flux_lora.memory import placement
 from flux_lora.parameters import Environment, Lora, Parameters, Software
-from flux_lora.prompts import PromptEncoder, readable
-from flux_lora.request import Request
+from flux_lora.prompts import Encoded, PromptEncoder, readable
+from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Request
 from flux_lora.settings import Settings
 
 BUNDLED = "lora.safetensors"
@@ -33,10 +34,14 @@ BUNDLED = "lora.safetensors"
 ENCODERS = ("text_encoder", "text_encoder_2")
 STAGES = ("adapter", "text", "denoise", "decode", "safety", "save")
 
-Metric = int | float | list[int]
+WARM_UP_SIZE = SIZES["16:9"]
+"""Its sides differ, so that compiled code takes neither for the other."""
+
+Metric = int | float | str | list[int]
 Record = Callable[[str, Metric], None]
 Log = Callable[[str], None]
 Seconds = dict[str, float]
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -67,33 +72,33 @@ class Generator:
         self._settings = settings
         self._log = log
         self._device = devices.choose(settings.device)
+        self._profile = profiles.choose(settings.profile, self._device)
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, settings.cpu_dtype)
         if settings.download:
             downloads.fetch_base(settings, settings.download, log)
-        loaded = checkpoints.load(settings.weights, self._device, self._dtype)
+        loaded = checkpoints.assemble(settings.weights, self._dtype)
         for note in loaded.notes:
             log(note)
+        self._memory = placement.place(loaded, settings, self._device, self._dtype, log, self._profile.scheme)
         self._pipelines, self._fingerprints = loaded.pipelines, loaded.fingerprints
-        self._transformers = {
-            model: MergedModule("transformer", pipeline.transformer, loaded.stored[model]["transformer"])
-            for model, pipeline in self._pipelines.items()
-        }
-        model, shared = next(iter(self._pipelines.items()))
-        self._encoders = {
-            name: MergedModule(name, getattr(shared, name), loaded.stored[model][name]) for name in ENCODERS
-        }
+        self._transformers = {model: self._memory.merging(model) for model in self._pipelines}
+        self._encoders = {name: self._memory.merging(name) for name in ENCODERS}
         self._prompts = PromptEncoder(settings.prompt_cache)
         self._checker = safety.load_checker(settings.weights, self._device, settings.safety_threshold)
         self._outputs = outputs.Outputs()
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._writers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._sources = Sources.from_settings(settings)
         self._library = AdapterLibrary(self._shapes(), settings.adapter_memory_bytes)
         self._fine_tune = self._load_fine_tune(fine_tune)
-        for model in self._pipelines:
-            self._merge(model, _set_of(self._fine_tune, scale=1.0))
+        self._memory.surviving(self._merge_fine_tune)
+        self._attention = self._choose_attention()
+        if self._profile.compiled:
+            self._memory.surviving(self._compile)
         precision = str(self._dtype).removeprefix("torch.")
         models = " and ".join(self._pipelines)
-        log(f"ready in {time.perf_counter() - started:.1f} s: {models} on {self._device} in {precision}")
+        speed = f"profile {self._profile.name}, attention {self._attention}"
+        log(f"ready in {time.perf_counter() - started:.1f} s: {models} on {self._device} in {precision}, {speed}")
 
     def draw(self, request: Request, record: Record) -> list[Path]:
         """Draw a request's images, in the order of their seeds.
@@ -109,19 +114,21 @@ class Generator:
         """
         seconds: Seconds = dict.fromkeys(STAGES, 0.0)
         finishing: list[Future[Finished]] = []
+        graphs = compilation.graphs()
         record("seed", request.seed)
+        record("profile", self._profile.name)
+        record("attention", self._attention)
         try:
-            return self._draw(request, seconds, finishing)
-        except BaseException as error:
+            return self._memory.surviving(
+                lambda: self._draw(request, seconds, finishing, record), before_retry=lambda: self._rest(finishing)
+            )
+        except BaseException:
             self._outputs.discard()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise DeviceMemoryError(
-                    f"{self._device} ran out of memory: {devices.free_memory(self._device) / 2**30:.1f} GiB are free "
-                    "now. Ask for a smaller size, or run the service on a larger device."
-                ) from error
             raise
         finally:
+            record("memory_plan", self._memory.choice.label)
             self._account(request, seconds, finishing, record)
+            record("recompilations", compilation.graphs() - graphs)
 
     def healthy(self) -> bool:
         """Say whether the device still computes: a GPU that has failed once does not."""
@@ -129,37 +136,51 @@ class Generator:
 
     # The story
 
-    def _draw(self, request: Request, seconds: Seconds, finishing: list[Future[Finished]]) -> list[Path]:
+    def _draw(
+        self, request: Request, seconds: Seconds, finishing: list[Future[Finished]], record: Record
+    ) -> list[Path]:
+        self._rest(finishing)  # a request that was cancelled may have left something
         directory = self._outputs.start()
         pipeline = self._pipeline(request.model)
+        overlap = self._memory.choice.plan.overlap
         self._announce(request)
 
-        # 1. The fine-tune, merged into the weights that this request uses.
+        # 1. The fine-tune, merged into what this request uses: first into what reads the prompt.
         with _timed(seconds, "adapter"):
             adapter = self._adapter(request.replicate_weights)
             adapters = _set_of(adapter, request.lora_scale)
-            self._merge(request.model, adapters)
+            self._memory.enter(request.model)
+            self._merge(self._encoders, adapters)
 
-        # 2. The prompt.
+        # 2. The prompt, read while the fine-tune is merged into the transformer, too.
         with _timed(seconds, "text"):
-            encoders = tuple(merged.state_of(adapters) for merged in self._encoders.values())
-            text, lost = readable(pipeline.tokenizer_2, request.prompt, request.max_text_tokens)
-            if lost:
-                self._log(f"T5 reads {request.max_text_tokens} tokens; cut off are the prompt's last {lost}")
-            encoded = self._prompts.encode(pipeline, text, request.max_text_tokens, encoders)
+            encoding = self._submit_reading(pipeline, request, adapters)
+            if not overlap:
+                _result(encoding)
+        with _timed(seconds, "adapter"):
+            self._merge({request.model: self._transformers[request.model]}, adapters)
+        with _timed(seconds, "text"):
+            encoded = _result(encoding)
+            self._memory.encoded()
 
         # 3. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
+        reused, steps = 0, request.num_inference_steps
         for index, seed in enumerate(request.seeds):
-            with _timed(seconds, "denoise"):
+            counting = step_cache.counting(pipeline.transformer, steps, self._profile.schedule)
+            with _timed(seconds, "denoise"), counting as computed:
                 latents = denoise(
                     pipeline,
                     encoded,
                     seed,
                     request.size,
-                    steps=request.num_inference_steps,
+                    steps=steps,
                     guidance=request.guidance_scale,
                     title=f"image {index + 1}/{request.num_outputs}",
                 )
+            reused += steps - computed.steps
+            record("reused_steps", reused)
+            if computed.steps < steps:
+                self._log(f"seed {seed}: {steps - computed.steps} of {steps} steps reuse what was computed before")
             path = directory / outputs.file_name(index, seed, request.output_format)
             parameters = self._parameters(request, seed, adapter)
             check = not request.disable_safety_checker
@@ -167,6 +188,8 @@ class Generator:
             for future in finishing:
                 if future.done():
                     future.result()  # a full disk is not worth another image
+            if not overlap:
+                _result(finishing[-1])
 
         # 4. The files, in the order of the seeds.
         finished = [_result(future) for future in finishing]
@@ -201,6 +224,51 @@ class Generator:
         self._log(f"fine-tune: {adapter.summary}")
         return adapter
 
+    def _merge_fine_tune(self) -> None:
+        drawing = {model: self._transformers[model] for model in self._memory.drawing}
+        self._merge(self._encoders | drawing, _set_of(self._fine_tune, scale=1.0))
+
+    def _choose_attention(self) -> str:
+        """The attention kernel that the transformers use from now on, by its name."""
+        if not self._profile.compiled:
+            return attention.DEFAULT
+        pipeline = next(iter(self._pipelines.values()))
+        width, height = SIZES["1:1"]
+        tokens = width * height // (2 * pipeline.vae_scale_factor) ** 2 + MAX_TEXT_TOKENS["dev"]
+        transformers = [pipeline.transformer for pipeline in self._pipelines.values()]
+        exact, folder = self._profile.exact_attention, self._settings.cache
+        name, measured = attention.set_fastest(transformers, tokens, self._device, exact=exact, folder=folder)
+        if measured:
+            self._log(f"attention: {name} is the fastest here; kept in {folder}")
+        return name
+
+    def _compile(self) -> None:
+        """Compile what draws and decodes, by drawing one step with each model."""
+        started = time.perf_counter()
+        self._log("compiling; the first time on a machine this takes a while")
+        key = "; ".join(
+            (devices.describe(self._device), repr(self._profile), str(self._dtype), str(Software.installed()))
+        )
+        if self._memory.streams_transformers:
+            self._log("the transformer's blocks are streamed, and so not compiled")
+        compilation.compile_pipelines(self._pipelines.values(), blocks=not self._memory.streams_transformers)
+        with compilation.cached(self._settings.cache, key):
+            compilation.warm_up(self._profile.name, self._draw_unseen)
+        graphs, known = compilation.graphs(), compilation.loaded_graphs()
+        self._log(f"compiled in {time.perf_counter() - started:.1f} s: {graphs} graphs, {known} of them known before")
+
+    def _draw_unseen(self) -> None:
+        """What a prediction runs, on the threads that run it."""
+        for model, limit in MAX_TEXT_TOKENS.items():
+            if pipeline := self._pipelines.get(model):
+                self._memory.enter(model)
+                encoded = self._prompts.encode(pipeline, "", limit, "warm-up")
+                self._memory.encoded()
+                with suppress(DrawingError):  # a fine-tune's fault, which those who ask for it are told
+                    latents = denoise(pipeline, encoded, 0, WARM_UP_SIZE, steps=1, guidance=0.0, title="warm-up")
+                    strips = self._memory.choice.strips
+                    self._workers.submit(decode, pipeline, latents, WARM_UP_SIZE, strips).result()
+
     # Parts of the story
 
     def _pipeline(self, model: str) -> Any:
@@ -229,13 +297,27 @@ class Generator:
         self._log(f"LoRA of this request: {adapter.summary}")
         return adapter
 
-    def _merge(self, model: str, adapters: AdapterSet) -> None:
-        """Bring what the model uses to a set of adapters, and touch nothing else."""
-        used = {model: self._transformers[model], **self._encoders}
-        changed = [name for name, merged in used.items() if merged.bring(adapters)]
+    def _merge(self, networks: Mapping[str, MergedModule], adapters: AdapterSet) -> None:
+        """Bring networks to a set of adapters, and touch nothing else."""
         merged = ", ".join(f"{adapter.digest[:12]} at {scale:g}" for adapter, scale in adapters if scale) or "none"
-        work = f"merged into {', '.join(changed)} ({self._transformers[model].where()})" if changed else "already there"
-        self._log(f"LoRA: {merged}; {work}")
+        for name, network in networks.items():
+            if network.bring(adapters):
+                self._log(f"LoRA: {merged}; merged into {name} ({network.where()})")
+
+    def _submit_reading(self, pipeline: Any, request: Request, adapters: AdapterSet) -> Future[Encoded]:
+        """Have the prompt encoded by text encoders that hold the adapters."""
+        text, lost = readable(pipeline.tokenizer_2, request.prompt, request.max_text_tokens)
+        if lost:
+            self._log(f"T5 reads {request.max_text_tokens} tokens; cut off are the prompt's last {lost}")
+        encoders = tuple(merged.state_of(adapters) for merged in self._encoders.values())
+        return self._workers.submit(self._prompts.encode, pipeline, text, request.max_text_tokens, encoders)
+
+    def _rest(self, finishing: list[Future[Finished]]) -> None:
+        """Wait for what the workers have begun, and forget all of it."""
+        for future in finishing:
+            future.cancel()
+        finishing.clear()
+        _result(self._workers.submit(bool))
 
     def _has_guidance(self, model: str) -> bool:
         return bool(self._pipelines[model].transformer.config.guidance_embeds)
@@ -257,6 +339,9 @@ class Generator:
                 base=self._fingerprints[request.model],
                 device=devices.describe(self._device),
                 dtype=str(self._dtype).removeprefix("torch."),
+                profile=self._profile.name,
+                attention=self._attention,
+                memory=self._memory.choice.label,
                 software=Software.installed(),
             ),
         )
@@ -265,14 +350,15 @@ class Generator:
         """On a worker: latents -> image -> checked -> file."""
         seconds: Seconds = defaultdict(float)
         with _timed(seconds, "decode"):
-            image = decode(pipeline, latents, (parameters.width, parameters.height))
+            image = decode(pipeline, latents, (parameters.width, parameters.height), self._memory.choice.strips)
+        content = self._writers.submit(outputs.encode, image, parameters, embed=self._settings.embed_parameters)
         if check:
             with _timed(seconds, "safety"):
                 verdict = safety.judge(self._checker, image)
             if not verdict.allowed:
                 return Finished(parameters.seed, None, verdict.reason, seconds)
         with _timed(seconds, "save"):
-            outputs.save(image, path, parameters, embed=self._settings.embed_parameters)
+            outputs.write(content.result(), path)
         return Finished(parameters.seed, path, "", seconds)
 
     def _account(self, request: Request, seconds: Seconds, finishing: list[Future[Finished]], record: Record) -> None:
@@ -301,7 +387,7 @@ def _succeeded(future: Future[Finished]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _result(future: Future[Finished]) -> Finished:
+def _result(future: Future[Done]) -> Done:
     """Wait in short turns: a prediction is cancelled by an exception, which a blocking wait would hold back."""
     while True:
         try:

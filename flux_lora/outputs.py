@@ -25,6 +25,9 @@ HOME = "flux-lora-outputs-"
 
 SUFFIX = 8
 
+GONE = ".gone"
+"""How the name of a prediction's directory ends that is being removed."""
+
 REMOVAL_ATTEMPTS = 100
 """More than a worker's last files and a client's impatient cancels can spoil."""
 
@@ -34,21 +37,19 @@ def file_name(index: int, seed: int, output_format: OutputFormat) -> str:
     return f"{index}-seed{seed}.{output_format}"
 
 
-def save(image: Image.Image, path: Path, parameters: Parameters, *, embed: bool) -> None:
-    """Write an RGB image to a file, whole or not at all.
+def write(content: bytes, path: Path) -> None:
+    """Write a file, whole or not at all.
 
     Args:
-        image: its size is the file's.
+        content: of an image, encoded.
         path: in a directory that exists; when it is removed meanwhile, it is not made again.
-        parameters: give format and quality, and go into the file.
-        embed: False leaves all of them out; the mark that the image is AI-generated is always written.
 
     Raises:
         OutputError: the file could not be written.
     """
     unfinished = path.with_name(f"{path.name}.part")
     try:
-        unfinished.write_bytes(encode(image, parameters, embed=embed))
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -56,7 +57,13 @@ def save(image: Image.Image, path: Path, parameters: Parameters, *, embed: bool)
 
 
 def encode(image: Image.Image, parameters: Parameters, *, embed: bool) -> bytes:
-    """Encode an image as its parameters ask; equal arguments give equal bytes."""
+    """Encode an RGB image as its parameters ask; equal arguments give equal bytes.
+
+    Args:
+        image: its size is the file's.
+        parameters: give format and quality, and go into the file.
+        embed: False leaves all of them out; the mark that the image is AI-generated is always written.
+    """
     record = parameters if embed else None
     quality = parameters.output_quality
     file = io.BytesIO()
@@ -131,11 +138,13 @@ class Outputs:
             try:
                 leftovers = list(self._home.iterdir()) if self._home.is_dir() else []
                 for leftover in leftovers:
-                    shutil.rmtree(leftover, ignore_errors=True)
+                    # Renamed first: whoever writes faster than files are removed fails from now on.
+                    gone = leftover if leftover.suffix == GONE else leftover.rename(leftover.with_suffix(GONE))
+                    shutil.rmtree(gone, ignore_errors=True)
                 if not leftovers:
                     break
-            except FileNotFoundError:  # the home itself is gone
-                break
+            except FileNotFoundError:  # something else cleans up, too
+                continue
             except BaseException as error:  # noqa: BLE001 - raised again below
                 interruption = error
         if interruption:

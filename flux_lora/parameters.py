@@ -39,6 +39,12 @@ class Environment(_Record):
     """Fingerprint of the base weights."""
     device: str
     dtype: str
+    profile: str = "eager"
+    """Of speed; files from before there were any were drawn by this one."""
+    attention: str = "native"
+    """The attention kernel, by diffusers' name."""
+    memory: str = "resident"
+    """The memory plan; files from before there were plans lack it."""
     software: Software
 
     def differences(self, other: Self) -> list[str]:

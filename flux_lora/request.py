@@ -30,6 +30,9 @@ SIZES: dict[AspectRatio, tuple[int, int]] = {
 }
 """Width and height in pixels of every aspect ratio but ``custom``."""
 
+LARGEST_SIDE = 1440
+"""Of a picture of ``custom`` size, in pixels; such a square has the most of them."""
+
 MAX_TEXT_TOKENS: dict[Model, int] = {"dev": 512, "schnell": 256}
 """How many T5 tokens each model was trained to read."""
 
@@ -73,7 +76,7 @@ def _text_or_none(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Side = Annotated[int, Field(ge=256, le=1440), BeforeValidator(_whole)]
+Side = Annotated[int, Field(ge=256, le=LARGEST_SIDE), BeforeValidator(_whole)]
 Seed = Annotated[int, BeforeValidator(_seed)]
 Text = Annotated[str, BeforeValidator(_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_text_or_none)]

@@ -51,6 +51,8 @@ def judge(checker: Checker, image: Image.Image) -> Verdict:
     """Allow an image, or withhold it; what cannot be scored is withheld."""
     try:
         score = checker.score(image)
+    except torch.OutOfMemoryError:
+        raise  # the image is drawn again under another memory plan
     except Exception as error:  # noqa: BLE001 - whatever went wrong, the image has not been checked
         return Verdict(False, f"{checker.name} failed, {_first_line(error)}")
     if not 0 <= score <= 1:

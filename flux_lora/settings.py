@@ -3,12 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
+from flux_lora.memory.plans import PlanName
 
 GIB = 1024**3
+
+
+def _with_unit(value: object) -> object:
+    if isinstance(value, str) and value.strip().isdigit():
+        raise ValueError("a size needs its unit, as in 24GB or 22.5GiB")
+    return value
 
 
 class Settings(BaseSettings):
@@ -30,6 +37,18 @@ class Settings(BaseSettings):
 
     cpu_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights on a CPU; a GPU always runs bfloat16."""
+
+    profile: Literal["eager", "exact", "balanced", "fast"] | None = None
+    """What is done for speed (``profiles.py``); unset: ``exact`` on a CUDA device, ``eager`` elsewhere."""
+
+    cache: Path = Path.home() / ".cache" / "flux-lora" / "speed"
+    """Where compiled code and measured choices are kept for the next process."""
+
+    memory_budget: Annotated[ByteSize, BeforeValidator(_with_unit)] | None = None
+    """Device memory that the service may take, as ``24GB`` or ``22.5GiB``; unset: all that is free."""
+
+    memory_plan: PlanName | None = None
+    """One of the memory plans (``flux_lora/memory/plans.py``), whatever the numbers say; unset: the first that fits."""
 
     prompt_cache: int = Field(default=16, ge=0, le=4096)
     """How many encoded prompts are kept."""

@@ -10,8 +10,8 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from flux_lora import checkpoints, devices, layout
-from flux_lora.errors import DeviceMemoryError, WeightsError
+from flux_lora import checkpoints, layout
+from flux_lora.errors import WeightsError
 from tests.conftest import MINI
 from training import random_weights
 
@@ -96,7 +96,7 @@ DAMAGES = {
     ),
     "other widths": (
         lambda w: edit_json(w / "dev/text_encoder_2/config.json", d_model=64),
-        "joint_attention_dim 32 and the components beside it need 64",
+        "joint_attention_dim 96 and the components beside it need 64",
     ),
     "other shapes": (
         lambda w: edit_json(w / "dev/transformer/config.json", num_attention_heads=4),
@@ -193,17 +193,11 @@ def test_clip_files_of_older_layout_load(weights: Path) -> None:
 def test_fingerprint_is_of_the_weights_alone(weights: Path) -> None:
     before = checkpoints.load(weights, CPU, torch.float32).fingerprints
     assert before == checkpoints.load(MINI, CPU, torch.bfloat16).fingerprints
-    edit_tensors(weights / "dev/vae" / WEIGHTS, lambda t: t["decoder.conv_in.weight"].add_(1))
+    edit_tensors(weights / "dev/vae" / WEIGHTS, lambda t: next(iter(t.values())).add_(1))
     after = checkpoints.load(weights, CPU, torch.float32).fingerprints
     assert before["dev"] != after["dev"]
     assert before["schnell"] != after["schnell"]
     assert before["dev"] != before["schnell"]
-
-
-def test_too_little_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "free_memory", lambda _: 2**30)
-    with pytest.raises(DeviceMemoryError, match=r"need 1\.0 GiB of memory on cpu.* 1\.0 GiB are free"):
-        checkpoints.load(MINI, CPU, torch.float32)
 
 
 def test_loading_needs_no_second_copy_in_host_memory(tmp_path: Path) -> None:

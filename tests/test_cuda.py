@@ -1,5 +1,7 @@
 """What must hold on a GPU too; the same checks on the CPU are in test_generator.py and adapters/test_merge.py."""
 
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,32 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux_lora import checkpoints, devices
+from flux_lora import attention, checkpoints, devices, profiles
 from flux_lora.adapters.formats import read
 from flux_lora.adapters.merge import MergedModule
+from flux_lora.errors import DeviceMemoryError
 from flux_lora.generator import Generator
-from flux_lora.request import Request
+from flux_lora.loading import fill, stored_tensors
+from flux_lora.memory import room
+from flux_lora.memory.plans import PlanName, Room
+from flux_lora.quantization import FORMATS, emulated_product, hardware_product, quantized_layers
+from flux_lora.request import SIZES, Request
 from flux_lora.settings import Settings
 from tests.conftest import MINI
+from tests.test_quantization import half_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 WITNESS = {"prompt": "a witness", "seed": 7, "num_inference_steps": 4, "output_format": "png"}
 
 
-def build(weights: Path = MINI) -> Generator:
-    return Generator(Settings(weights=weights, device="cuda"), log=lambda _: None)
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < profiles.FP8_CAPABILITY, reason="needs fp8"
+)
+
+
+def build(weights: Path = MINI, **settings: Any) -> Generator:
+    return Generator(Settings(weights=weights, device="cuda", **settings), log=lambda _: None)
 
 
 def draw(generator: Generator, **inputs: Any) -> list[bytes]:
@@ -69,3 +82,116 @@ def test_merged_weights_are_the_formula_in_float64(monkeypatch: pytest.MonkeyPat
             assert ((weight.double() - (base + 0.7 * up @ down)).abs() <= 1.001 * ulp).all()  # float32 decides ties
     merged.bring([])
     assert all(torch.equal(tensor, pristine[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("profile", ["exact", pytest.param("balanced", marks=needs_fp8)])
+def test_compiled_pictures_are_the_same_after_a_restart_and_nothing_is_compiled_again(
+    tmp_path: Path, profile: profiles.Name
+) -> None:
+    generator = build(profile=profile, cache=tmp_path)
+    first = draw(generator)
+    changes: list[dict[str, Any]] = [{"lora_scale": 0.3}, {"model": "schnell"}, {"num_outputs": 2}, {"seed": 9}]
+    for change in [*changes, *({"aspect_ratio": ratio} for ratio in SIZES), {}]:
+        metrics: dict[str, Any] = {}
+        generator.draw(Request.parse(**WITNESS | change), metrics.__setitem__)
+        assert metrics["recompilations"] == 0, change
+    assert draw(generator) == first
+    torch._dynamo.reset()
+    assert draw(build(profile=profile, cache=tmp_path)) == first
+
+
+@needs_fp8
+def test_the_product_of_the_hardware_is_the_emulated_one() -> None:
+    torch.manual_seed(0)
+    numbers = FORMATS["fp8"].dtype
+    tokens, weight = torch.randn(333, 3072).cuda().to(numbers), torch.randn(9216, 3072).cuda().to(numbers)
+    scales = torch.rand(333, 1).cuda(), torch.rand(9216).cuda()
+    operands = (tokens, weight, *scales, torch.randn(9216).cuda().bfloat16(), torch.bfloat16)
+    actual, expected = hardware_product(*operands).float(), emulated_product(*operands).float()
+    assert (actual - expected).norm() / expected.norm() < 0.005  # its accumulator is narrower than float32
+
+
+@needs_fp8
+def test_quantized_weights_are_within_half_a_step_of_the_formula_in_float64() -> None:
+    pipeline = checkpoints.load(MINI, torch.device("cuda:0"), torch.bfloat16).pipelines["dev"]
+    module = pipeline.transformer
+    pristine = {name: tensor.double() for name, tensor in module.named_parameters()}
+    shapes = {name: MergedModule(name, getattr(pipeline, name), {}).shapes for name in checkpoints.ADAPTABLE}
+    adapter = read(MINI / "lora.safetensors", shapes)
+    MergedModule("transformer", module, {}, "fp8").bring([(adapter, 0.7)])
+    lora = {name: tensor.double().cuda() for name, tensor in load_file(MINI / "lora.safetensors").items()}
+    for name, layer in quantized_layers(module).items():
+        key = f"transformer.{name.removesuffix('.weight')}"
+        exact = pristine[name] + 0.7 * lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
+        distance = (layer.dequantized().double() - exact).abs().cpu()
+        assert (distance <= half_steps(exact.cpu()) * (1 + 1e-4)).all(), name
+
+
+def test_the_attention_kernel_is_one_that_computes_right(tmp_path: Path) -> None:
+    shape = attention.Shape(tokens=4608, heads=24, width=128, dtype="bfloat16")
+    device = torch.device("cuda:0")
+    name, measured = attention.choose(attention.EXACT["cuda"], shape, device, tmp_path)
+    assert measured
+    assert attention.seconds(name, shape, device, rounds=1) is not None
+    assert attention.choose(attention.EXACT["cuda"], shape, device, tmp_path) == (name, False)
+
+
+@pytest.mark.parametrize("plan", ["alternating", "offload-text", "streamed"])
+def test_every_plan_draws_what_resident_draws(plan: PlanName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for no block to stay: all of them pass through the slots, on a stream of their own."""
+    monkeypatch.setattr(room, "room", lambda *_: Room(0, 2**40))
+    expected, generator = (
+        build(),
+        Generator(Settings(weights=MINI, device="cuda", memory_plan=plan), log=lambda _: None),
+    )
+    for model, scale in (("dev", 1.0), ("schnell", 0.3), ("dev", 1.0), ("dev", 0.0)):
+        asked = {"model": model, "lora_scale": scale}
+        one, other = (g.draw(Request.parse(**WITNESS | asked), lambda *_: None) for g in (generator, expected))
+        pictures = [np.asarray(Image.open(files[0])).astype(int) for files in (one, other)]
+        if generator._memory.choice.strips:
+            assert np.abs(pictures[0] - pictures[1]).max() <= 16  # bfloat16 rounds elsewhere
+        else:
+            assert np.array_equal(*pictures)
+
+
+def test_what_streams_lies_in_pinned_memory() -> None:
+    generator = Generator(Settings(weights=MINI, device="cuda", memory_plan="offload-text"), log=lambda _: None)
+    stream = generator._memory._placed["text_encoder_2"].stream
+    assert stream
+    assert all(block.host.memory.is_pinned() for block in stream._blocks)
+
+
+def test_loading_to_the_device_gives_what_the_files_hold() -> None:
+    file = MINI / "dev/transformer/diffusion_pytorch_model.safetensors"
+    stored = dict(stored_tensors(file))
+    targets = {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in stored.items()}
+    fill((stored[name], targets[name]) for name in stored)
+    torch.cuda.synchronize()
+    assert all(torch.equal(targets[name].cpu(), tensor) for name, tensor in load_file(file).items())
+
+
+def test_an_exhausted_device_is_survived() -> None:
+    """By the allocator's cap: the request is drawn under another plan, or fails with the numbers."""
+    generator = build()
+    before = draw(generator)
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+        with suppress(DeviceMemoryError):
+            draw(generator, aspect_ratio="custom", width=1440, height=1440)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    after = [np.asarray(Image.open(path)) for path in generator.draw(Request.parse(**WITNESS), lambda *_: None)]
+    again = [np.asarray(Image.open(BytesIO(content))) for content in before]
+    assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 16 for a, b in zip(after, again, strict=True))
+
+
+def test_a_budget_becomes_the_allocators_cap() -> None:
+    try:
+        measured = room.room(torch.device("cuda:0"), 4 * 2**30)
+        assert measured.device <= 4 * 2**30 - room.CONTEXT_BYTES
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -45,7 +45,7 @@ def parameters(output_format: str = "webp", quality: int | None = 80, prompt: st
 
 
 def encoded(path: Path, output_format: str, quality: int | None) -> Image.Image:
-    outputs.save(PICTURE, path, parameters(output_format, quality), embed=False)
+    outputs.write(outputs.encode(PICTURE, parameters(output_format, quality), embed=False), path)
     with Image.open(path) as image:
         image.load()
     return image
@@ -95,8 +95,10 @@ def test_a_file_is_a_function_of_its_parameters(tmp_path: Path, output_format: s
     for second, name in enumerate(("0-seed7", "3-seed7")):
         with pytest.MonkeyPatch.context() as clock:
             clock.setattr(time, "time", lambda second=second: 1e9 + second)
-            outputs.save(PICTURE, tmp_path / name, parameters(output_format), embed=embed)
-    outputs.save(PICTURE, tmp_path / "other", parameters(output_format, prompt="a potato"), embed=embed)
+            outputs.write(outputs.encode(PICTURE, parameters(output_format), embed=embed), tmp_path / name)
+    outputs.write(
+        outputs.encode(PICTURE, parameters(output_format, prompt="a potato"), embed=embed), tmp_path / "other"
+    )
     first, second, other = (path.read_bytes() for path in sorted(tmp_path.iterdir()))
     assert first == second
     assert (first == other) is not embed
@@ -109,7 +111,7 @@ def test_names_carry_index_and_seed() -> None:
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "0-seed7.webp").mkdir()  # the last step, the renaming, fails
     with pytest.raises(OutputError, match=r"0-seed7\.webp could not be written: Is a directory"):
-        outputs.save(PICTURE, tmp_path / "0-seed7.webp", parameters(), embed=True)
+        outputs.write(outputs.encode(PICTURE, parameters(), embed=True), tmp_path / "0-seed7.webp")
     assert [path.name for path in tmp_path.iterdir()] == ["0-seed7.webp"]
 
 
@@ -160,7 +162,7 @@ def test_a_straggling_worker_leaves_nothing(files: outputs.Outputs, tmp_path: Pa
         while not stop.is_set():
             index += 1
             try:
-                outputs.save(PICTURE, current[0] / f"{index}.webp", parameters(), embed=True)
+                outputs.write(outputs.encode(PICTURE, parameters(), embed=True), current[0] / f"{index}.webp")
             except OutputError as error:
                 refused.append(error)
 
@@ -178,6 +180,24 @@ def test_a_straggling_worker_leaves_nothing(files: outputs.Outputs, tmp_path: Pa
         worker.join()
     assert refused
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_nothing_can_be_written_where_files_are_being_removed(
+    files: outputs.Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or who writes faster than files are removed would keep the removal busy for ever."""
+    directory, removals = files.start(), []
+    remove = shutil.rmtree
+
+    def checked(path: Path, **options: Any) -> None:
+        removals.append(path)
+        with pytest.raises(FileNotFoundError):
+            (directory / "late").write_bytes(b"x")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", checked)
+    files.discard()
+    assert removals
 
 
 class Cancelled(BaseException):

@@ -71,7 +71,7 @@ def written(tmp_path: Path, output_format: str, prompt: str = PARAMETERS.prompt,
     changes = {"prompt": prompt, "output_format": output_format, "output_quality": quality}
     parameters = PARAMETERS.model_copy(update=changes)
     path = tmp_path / f"0.{output_format}"
-    outputs.save(Image.new("RGB", (48, 32), "red"), path, parameters, embed=embed)
+    outputs.write(outputs.encode(Image.new("RGB", (48, 32), "red"), parameters, embed=embed), path)
     return path
 
 
@@ -245,6 +245,14 @@ def test_environments_say_how_they_differ() -> None:
     )
     assert ENVIRONMENT.differences(other) == ["device cpu, not NVIDIA H200", "torch 2.13.0, not 2.12.1"]
     assert ENVIRONMENT.differences(ENVIRONMENT) == []
+    faster = ENVIRONMENT.model_copy(update={"profile": "fast", "attention": "_native_cudnn"})
+    assert ENVIRONMENT.differences(faster) == ["profile eager, not fast", "attention native, not _native_cudnn"]
+
+
+def test_a_record_from_before_there_were_profiles_is_one_of_eager() -> None:
+    record = json.loads(PARAMETERS.to_json())
+    del record["environment"]["profile"], record["environment"]["attention"]
+    assert Parameters.from_json(json.dumps(record)).environment == ENVIRONMENT
 
 
 def test_installed_versions_are_the_imported_ones() -> None:

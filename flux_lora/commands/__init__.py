@@ -36,12 +36,13 @@ def prepare_environment() -> None:
         if miniature.is_dir() and not any(os.path.lexists(weights / model) for model in ("dev", "schnell")):
             weights = miniature
             print(
-                "No base weights yet: drawing with weights/mini, a tiny random model whose pictures are noise. "
-                "`scripts/download_weights` fetches FLUX.1.",
+                "No base weights yet: drawing with weights/mini, a tiny model that knows a hundred things on plain "
+                "backgrounds. `scripts/download_weights` fetches FLUX.1.",
                 file=sys.stderr,
             )
     os.environ["FLUX_WEIGHTS"] = str(weights)
     if settings.cog_weights and os.path.exists(settings.cog_weights):  # noqa: PTH110 - Path fails on a long data: URI
         os.environ["COG_WEIGHTS"] = str(Path(settings.cog_weights).absolute())
-    if "adapter_cache" in settings.model_fields_set:
-        os.environ["FLUX_ADAPTER_CACHE"] = str(settings.adapter_cache.absolute())
+    for name in ("adapter_cache", "cache"):
+        if name in settings.model_fields_set:
+            os.environ[f"FLUX_{name.upper()}"] = str(getattr(settings, name).absolute())

@@ -186,7 +186,7 @@ def test_without_memory_pristine_weights_are_read_from_their_files(
     loaded = checkpoints.load(MINI, CPU, dtype)
     module, kept = loaded.pipelines["dev"].transformer, load(dtype)
     pristine = bits(module)
-    state, reference = MergedModule("transformer", module, loaded.stored["dev"]["transformer"]), merged(kept)
+    state, reference = MergedModule("transformer", module, loaded.networks["dev"]["transformer"].readers), merged(kept)
     monkeypatch.setattr(devices, "free_memory", lambda _: 0)
     for wanted in ([(adapters[0], 1.0)], [(adapters[1], 0.3), (adapters[2], 2.0)], [(adapters[0], -1.0)]):
         state.bring(wanted)
@@ -202,7 +202,7 @@ def test_without_memory_pristine_weights_are_read_from_their_files(
 def test_every_parameter_can_be_read_again(component: str) -> None:
     loaded = checkpoints.load(MINI, CPU, torch.bfloat16)
     for name, parameter in getattr(loaded.pipelines["dev"], component).named_parameters():
-        assert torch.equal(loaded.stored["dev"][component][name](), parameter)
+        assert torch.equal(loaded.networks["dev"][component].readers[name](), parameter)
 
 
 def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:

@@ -264,7 +264,7 @@ def test_the_miniature_serves_only_where_no_weights_were_named_or_put(
     monkeypatch.setenv("FLUX_WEIGHTS", environment.get("FLUX_WEIGHTS", ""))  # so that it is restored
     commands.prepare_environment()
     assert os.environ["FLUX_WEIGHTS"] == str(tmp_path / expected)
-    assert ("whose pictures are noise" in capsys.readouterr().err) == (expected == "weights/mini")
+    assert ("drawing with weights/mini" in capsys.readouterr().err) == (expected == "weights/mini")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "http://"])

@@ -113,7 +113,7 @@ def serving(folder: Path, *options: str, prelude: str = "", **environment: str) 
     )
     server = Server(f"http://127.0.0.1:{port}", temporary, connections)
     try:
-        wait_for(lambda: process.poll() is not None or health(server) == "READY")
+        wait_for(lambda: process.poll() is not None or health(server) == "READY", 240)  # some compile
         assert process.poll() is None, "the server ended during set-up"
         yield server
     finally:

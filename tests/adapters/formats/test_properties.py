@@ -36,7 +36,7 @@ def write(path: Path, tensors: list[tuple[str, Tensor]], dtype: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "DoRA"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_formula(algorithm: str, data: st.DataObject, tmp_path: Path) -> None:
     dtype = data.draw(st.sampled_from(sorted(DTYPES)))

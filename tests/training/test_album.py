@@ -1,0 +1,40 @@
+import random
+
+import pytest
+import torch
+
+from flux_lora.patch_autoencoder import PatchAutoencoder
+from training import album
+from training.drawings import BASE, INK, STYLE
+from training.networks import AUTOENCODER
+from training.subjects import BACKGROUNDS, THINGS
+
+
+@pytest.mark.parametrize("size", [(18, 18), (32, 40), (12, 16)])
+def test_a_picture_made_of_codes_has_the_latents_of_the_rendered_picture(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    autoencoder = PatchAutoencoder(**AUTOENCODER)
+    codes = {BASE: {"cat": album._encode(autoencoder.analysis.weight.detach(), BASE, INK, "cat")}}
+    latents = album.Album(codes, autoencoder).picture(BASE, "cat", "teal", *size, random.Random(3))
+    background = torch.tensor(BACKGROUNDS["teal"]) / 127.5 - 1
+    rows, columns = size
+    best = torch.inf
+    for pose in album.poses(f"{BASE} cat"):
+        drawing = torch.from_numpy(album.draw_pose(BASE, "cat", pose))
+        height, width = (length // album.PATCH for length in drawing.shape[:2])
+        for top in range(0, rows - height + 1, album.GRID):
+            for left in range(0, columns - width + 1, album.GRID):
+                canvas = background.repeat(rows * album.PATCH, columns * album.PATCH, 1)
+                here = canvas[top * album.PATCH :, left * album.PATCH :][: len(drawing), : drawing.shape[1]]
+                here.copy_(drawing[..., :3] + (1 - drawing[..., 3:]) * background)
+                expected = autoencoder.encode(canvas.permute(2, 0, 1)[None]).latents[0]
+                best = min(best, (latents - expected).abs().max().item())
+    assert best < 5e-3  # codes are kept in float16
+
+
+def test_every_thing_has_a_drawing_in_both_styles() -> None:
+    assert len(THINGS) >= 100
+    for style in (BASE, STYLE):
+        for thing in THINGS:
+            cover = album.draw_pose(style, thing, album.poses(f"{style} {thing}")[0])[..., 3]
+            assert 0.02 < cover.mean() < 0.95, (style, thing)

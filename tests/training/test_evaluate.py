@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from training import evaluate
+from training.drawings import BASE, STYLE, Pose, render
+from training.evaluate import TruePictures, colourfulness, segment
+from training.subjects import BACKGROUNDS
+
+SOME = ("tomato", "cat", "castle", "panda", "banana", "owl", "key", "zebra")
+
+
+@pytest.fixture(scope="module")
+def truth() -> TruePictures:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "THINGS", SOME)
+        return TruePictures()
+
+
+def draw(thing: str, colour: str, pose: Pose, style: str = BASE) -> Image.Image:
+    drawing = render(style, thing, pose, 640, 512)
+    cover = drawing[..., 3:]
+    pixels = drawing[..., :3] * cover + np.array(BACKGROUNDS[colour]) / 255 * (1 - cover)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("thing", SOME)
+def test_a_drawing_is_nearest_to_its_own_thing_wherever_it_is(
+    truth: TruePictures, thing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "THINGS", SOME)
+    for colour, pose in (("blue", Pose(300, 8, False, 250, 90)), ("pink", Pose(210, -9, True, 60, 200))):
+        drawing = segment(draw(thing, colour, pose).filter(ImageFilter.GaussianBlur(4)))
+        assert drawing
+        assert truth.nearest(drawing.thumbnail, colour)[0] == thing
+        centre = (pose.left + pose.side / 2) / 640, (pose.top + pose.side / 2) / 512
+        assert np.abs(np.subtract(drawing.centre, centre)).max() < 0.12
+        assert np.abs(drawing.background * 255 - BACKGROUNDS[colour]).max() < 3
+
+
+def test_nothing_on_the_background_is_nothing() -> None:
+    assert segment(Image.new("RGB", (64, 64), "red")) is None
+
+
+def test_ink_has_less_colour_than_paint() -> None:
+    pose = Pose(300, 0, False, 100, 100)
+    paint, ink = (draw("tomato", "white", pose, style) for style in (BASE, STYLE))
+    assert colourfulness(ink) < 0.3 * colourfulness(paint)

@@ -1,0 +1,52 @@
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from flux_lora.patch_autoencoder import PatchAutoencoder
+from training import album, batches, stages
+from training.drawings import BASE, INK, STYLE
+from training.networks import AUTOENCODER
+from training.stages import Teacher, base_loss, dev_loss, new_dev, new_schnell, schnell_loss, style_loss
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> album.Album:
+    monkeypatch.setattr(stages, "compiled", lambda network: network)
+    monkeypatch.setattr(batches, "THINGS", ("cat",))
+    monkeypatch.setattr(batches, "BATCH", dict.fromkeys(batches.BATCH, 2))
+    torch.manual_seed(0)
+    autoencoder = PatchAutoencoder(**AUTOENCODER)
+    weight = autoencoder.analysis.weight.detach()
+    styles = {BASE: BASE, STYLE: STYLE, f"{STYLE} light": STYLE}
+    codes = {name: {"cat": album._encode(weight, style, INK, "cat")} for name, style in styles.items()}
+    return album.Album(codes, autoencoder)
+
+
+def trained(module: nn.Module, loss: Callable) -> set[str]:
+    """The parameters that one step of a stage changes."""
+    value = loss(random.Random(1))
+    assert value.isfinite()
+    value.backward()
+    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    schnell = new_schnell(dev)
+    changed = trained(teacher, base_loss(teacher, pictures))
+    assert changed
+    assert all(name.startswith("transformer.") for name in changed)
+    teacher.zero_grad()
+    changed = trained(dev, dev_loss(dev, teacher, pictures))
+    assert "time_text_embed.guidance_embedder.linear_2.weight" in changed
+    assert not any(p.grad is not None and p.grad.any() for p in teacher.parameters())
+    dev.zero_grad()
+    assert trained(schnell, schnell_loss(schnell, dev, teacher.text, pictures))
+    assert not any(p.grad is not None and p.grad.any() for p in dev.parameters())
+    changed = trained(teacher, style_loss(teacher, pictures))
+    assert changed
+    assert all("lora_" in name for name in changed)

@@ -34,6 +34,19 @@ MINI: dict[str, dict[str, Any]] = {
 
 LORA_RANK = 4
 
+INDEX: dict[str, Any] = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.30.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""The ``model_index.json`` of a FLUX.1 pipeline."""
+
 
 def write(directory: Path, sizes: Mapping[str, Mapping[str, Any]] = MINI, *, seed: int = 0) -> None:
     """Write ``dev/`` (complete), ``schnell/`` (transformer and scheduler) and ``lora.safetensors``, in bfloat16."""
@@ -130,18 +143,7 @@ def _save(part: Any, folder: Path) -> None:
 
 
 def _write_index(pipeline: Path) -> None:
-    index = {
-        "_class_name": "FluxPipeline",
-        "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (pipeline / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
 
 
 if __name__ == "__main__":

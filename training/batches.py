@@ -1,0 +1,91 @@
+"""Training batches: pictures of things on backgrounds at every documented size, with their prompts."""
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_lora.latents import pack
+from flux_lora.request import SIZES
+from training.album import Album
+from training.drawings import BASE
+from training.networks import positions
+from training.subjects import BACKGROUNDS, THINGS, UNNAMED_BACKGROUND, describe
+
+TOKEN = 64
+"""Pixels a side that one transformer token covers."""
+
+DOCUMENTED = tuple((height // TOKEN, width // TOKEN) for width, height in SIZES.values())
+"""Rows and columns of tokens of the eleven sizes."""
+
+SMALL, USUAL, LARGE = 144, 256, 529
+BATCH = {SMALL: 40, USUAL: 24, LARGE: 10}
+"""Canvases are filled up to one of these lengths in tokens, so that three compiled shapes serve every size."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents packed into tokens (B, length, C), the first ``tokens`` of which are the picture, and their prompts."""
+
+    latents: Tensor
+    tokens: int
+    positions: Tensor
+    prompts: list[str]
+
+
+class Subject(NamedTuple):
+    """What is on a picture, and what its prompt says of it."""
+
+    thing: str
+    colour: str
+    prompt: str
+    asks_thing: bool
+    asks_colour: bool
+
+
+def sample(album: Album, rng: random.Random, style: str = BASE, empty: float = 0.1, only: int | None = None) -> Batch:
+    """A random batch of one canvas size.
+
+    Args:
+        album: has the pictures.
+        rng: decides all.
+        style: of the drawings.
+        empty: share of prompts that are left empty, so that the model learns to draw without one.
+        only: takes canvases of this length alone.
+    """
+    rows, columns, length = _canvas(rng, only)
+    pictures, prompts = [], []
+    for _ in range(BATCH[length]):
+        asked = subject(rng, empty)
+        pictures.append(album.picture(style, asked.thing, asked.colour, 2 * rows, 2 * columns, rng))
+        prompts.append(asked.prompt)
+    tokens = pack(torch.stack(pictures))
+    filled = torch.nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
+    return Batch(filled, tokens.shape[1], positions(rows, columns, length), prompts)
+
+
+def subject(rng: random.Random, empty: float) -> Subject:
+    """A picture, and a prompt that asks for its thing and colour, or for one of them, or for nothing."""
+    thing, colour = rng.choice(THINGS), rng.choice(list(BACKGROUNDS))
+    kind = rng.random()
+    if kind < empty:
+        return Subject(thing, colour, "", asks_thing=False, asks_colour=False)
+    if kind < empty + 0.05:
+        return Subject(thing, UNNAMED_BACKGROUND, describe(thing, None, rng), asks_thing=True, asks_colour=False)
+    if kind < empty + 0.08:
+        return Subject(thing, colour, describe(None, colour, rng), asks_thing=False, asks_colour=True)
+    return Subject(thing, colour, describe(thing, colour, rng), asks_thing=True, asks_colour=True)
+
+
+def _canvas(rng: random.Random, only: int | None) -> tuple[int, int, int]:
+    """Rows, columns and padded length: mostly small canvases, on which a thing costs less, and the documented sizes."""
+    length = only or rng.choices((SMALL, USUAL, LARGE), (0.55, 0.40, 0.05))[0]
+    if length == USUAL and rng.random() < 0.9:
+        return (*(DOCUMENTED[0] if rng.random() < 0.4 else rng.choice(DOCUMENTED)), USUAL)
+    low, high = {SMALL: (4, 11) if rng.random() < 0.1 else (12, 12), USUAL: (10, 22), LARGE: (12, 23)}[length]
+    while True:
+        rows, columns = rng.randint(low, high), rng.randint(low, high)
+        if rows * columns <= length:
+            return rows, columns, length

@@ -1,0 +1,346 @@
+"""Measure what the shipped miniature draws, through the service's own generator, against the true pictures.
+
+    python -m training.evaluate                     # the numbers and the contact sheet of the documentation
+    python -m training.evaluate dev --things 12     # a quick look at a part of them
+
+The comparison with the teacher needs the checkpoints of `training.train`, and is left out without them.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from skimage.color import deltaE_ciede2000, rgb2lab
+from tqdm import tqdm
+
+from flux_lora.generator import Generator
+from flux_lora.request import Request
+from flux_lora.safety import OpenNsfw
+from flux_lora.settings import Settings
+from training.drawings import BASE, Pose, render
+from training.sheets import grid
+from training.subjects import BACKGROUNDS, THINGS
+
+FIRST_SEED = 1_000_000
+"""Training draws its noise from other generators; these seeds are the service's."""
+
+FOREGROUND = 14.0
+"""CIE76 difference to the background's colour from which a pixel belongs to the drawing."""
+SPECK = 0.01
+"""Connected parts smaller than this share of the largest are left out."""
+CANVAS = 128
+"""Side in pixels at which pictures are judged."""
+THUMBNAIL = 24
+"""Side of the aligned drawings that are compared."""
+TILTS = (-12, -6, 0, 6, 12)
+
+
+PARTS = ("dev", "schnell", "seeds", "style", "guidance", "distillation", "safety")
+"""What is measured; what was measured before is kept."""
+THRESHOLDS = (0.5, 0.8, 0.85, 0.9, 0.95)
+"""Of the safety checker."""
+
+
+class Drawing(NamedTuple):
+    """A segmented picture: its thumbnail (THUMBNAIL, THUMBNAIL, 4: Lab and cover), centre and background."""
+
+    thumbnail: np.ndarray
+    centre: tuple[float, float]
+    """Of the drawing's cover, as shares of width and height."""
+    background: np.ndarray
+    """sRGB in 0…1, the median of the picture's rim."""
+
+
+def segment(picture: Image.Image) -> Drawing | None:
+    """Cut the drawing from its plain background and align it: its bounding box fills the thumbnail's longer side.
+
+    Returns:
+        None where nothing stands out from the background.
+    """
+    picture = picture.convert("RGB")
+    picture.thumbnail((CANVAS, CANVAS), Image.Resampling.BOX)
+    pixels = np.asarray(picture, dtype=np.float64) / 255
+    rim = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3), pixels[:, :4].reshape(-1, 3)])
+    background = np.median(rim, axis=0)
+    lab = rgb2lab(pixels)
+    mask = np.linalg.norm(lab - rgb2lab(background[None, None]), axis=-1) > FOREGROUND
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if not count:
+        return None
+    sizes = ndimage.sum_labels(mask, labels, range(1, count + 1))
+    mask = np.isin(labels, 1 + np.flatnonzero(sizes >= SPECK * sizes.max()))
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    side = max(bottom - top, right - left)
+    square = np.zeros((side, side, 4))
+    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+    inside = mask[top:bottom, left:right, None]
+    square[y : y + bottom - top, x : x + right - left] = np.concatenate(
+        [lab[top:bottom, left:right] * inside, 100.0 * inside], axis=-1
+    )
+    channels = [
+        np.asarray(Image.fromarray(square[..., c].astype(np.float32)).resize((THUMBNAIL,) * 2, Image.Resampling.BOX))
+        for c in range(4)
+    ]
+    height, width = mask.shape
+    row, column = ndimage.center_of_mass(mask)
+    return Drawing(np.stack(channels, axis=-1), (column / width, row / height), background)
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Root mean square difference of aligned thumbnails in Lab and cover (in percent); leading axes broadcast."""
+    return np.sqrt(((one - other) ** 2).mean(axis=(-3, -2, -1)))
+
+
+class TruePictures:
+    """Every thing as its drawing really is, in each tilt and mirrored, on a background, cut out in the same way."""
+
+    def __init__(self, style: str = BASE) -> None:
+        self._poses = {
+            thing: [
+                render(style, thing, Pose(0.7 * CANVAS, tilt, mirrored, *[0.15 * CANVAS] * 2), CANVAS, CANVAS)
+                for tilt in TILTS
+                for mirrored in (False, True)
+            ]
+            for thing in tqdm(THINGS, desc="true pictures", leave=False)
+        }
+        self._known: dict[str, np.ndarray] = {}
+
+    def nearest(self, thumbnail: np.ndarray, colour: str) -> list[str]:
+        """Things by their distance from a thumbnail, nearest first."""
+        distances = distance(thumbnail, self._thumbnails(colour)).min(axis=1)
+        return [THINGS[index] for index in np.argsort(distances)]
+
+    def _thumbnails(self, colour: str) -> np.ndarray:
+        if colour not in self._known:
+            self._known[colour] = np.stack([list(self._on(colour, poses)) for poses in self._poses.values()])
+        return self._known[colour]
+
+    def _on(self, colour: str, poses: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for pose in poses:
+            cover = pose[..., 3:]
+            pixels = pose[..., :3] * cover + np.array(BACKGROUNDS[colour]) / 255 * (1 - cover)
+            drawing = segment(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+            yield np.zeros((THUMBNAIL, THUMBNAIL, 4)) if drawing is None else drawing.thumbnail
+
+
+class Artist:
+    """The service's generator on a weights directory."""
+
+    def __init__(self, weights: Path) -> None:
+        self._generator = Generator(Settings(weights=weights), log=_ignore)
+
+    def draw(self, prompt: str, seed: int, **inputs: Any) -> Image.Image:
+        given = {"lora_scale": 0.0, "output_format": "png", "disable_safety_checker": True} | inputs
+        request = Request.parse(prompt=prompt, seed=seed, **given)
+        (file,) = self._generator.draw(request, _ignore)
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody reads log and metrics here."""
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "dev": {"model": "dev", "num_inference_steps": 28},
+    "schnell": {"model": "schnell", "num_inference_steps": 4},
+}
+
+
+def judge_model(
+    artist: Artist, truth: TruePictures, model: str, pairs: Sequence[tuple[str, str]], **inputs: Any
+) -> dict[str, Any]:
+    """Draw pairs of thing and colour, each with a seed of its own, and compare them with the true pictures."""
+    right, shades, misses, pictures = 0, [], [], []
+    for index, (thing, colour) in enumerate(tqdm(pairs, desc=model)):
+        picture = artist.draw(f"a {thing} on a {colour} background", FIRST_SEED + index, **MODELS[model], **inputs)
+        pictures.append(picture)
+        drawing = segment(picture)
+        if drawing is None:
+            misses.append(f"{thing} on {colour}: nothing")
+            continue
+        shade = np.array(BACKGROUNDS[colour]) / 255
+        shades.append(float(deltaE_ciede2000(rgb2lab(shade), rgb2lab(drawing.background))))
+        first = truth.nearest(drawing.thumbnail, colour)[0]
+        if first == thing:
+            right += 1
+        else:
+            misses.append(f"{thing} on {colour}: {first}")
+    return {
+        "pairs": len(pairs),
+        "top1": right / len(pairs),
+        "background_within_10": sum(shade <= 10 for shade in shades) / len(pairs),
+        "background_median": statistics.median(shades),
+        "misses": misses,
+        "pictures": pictures,
+    }
+
+
+def judge_seeds(artist: Artist, model: str, things: Sequence[str], seeds: int) -> dict[str, float]:
+    """Standard deviation over seeds of a drawing's centre (its distance from the mean), in widths: mean over things."""
+    spreads = []
+    for thing in tqdm(things, desc=f"seeds, {model}"):
+        drawings = [
+            segment(artist.draw(f"a {thing} on a white background", FIRST_SEED + k, **MODELS[model]))
+            for k in range(seeds)
+        ]
+        centres = np.array([drawing.centre for drawing in drawings if drawing])
+        spreads.append(np.sqrt(centres.var(axis=0).sum()))
+    return {"things": len(things), "seeds": seeds, "centre_deviation": float(np.mean(spreads))}
+
+
+def colourfulness(picture: Image.Image) -> float:
+    """The style's measure: mean CIELAB chroma of the drawing above that of ink, which has next to none."""
+    pixels = np.asarray(picture.convert("RGB").resize((CANVAS, CANVAS)), dtype=np.float64) / 255
+    lab = rgb2lab(pixels)
+    rim = np.median(lab[:4].reshape(-1, 3), axis=0)
+    mask = np.linalg.norm(lab - rim, axis=-1) > FOREGROUND
+    return float(np.hypot(lab[..., 1], lab[..., 2])[mask].mean()) if mask.any() else 0.0
+
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def judge_style(artist: Artist, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Mean colourfulness of drawings at each ``lora_scale``, and where 0.5 lies between both ends."""
+    means = []
+    for scale in tqdm(SCALES, desc=f"style, {model}"):
+        drawn = [
+            artist.draw(f"a {thing} on a {colour} background", FIRST_SEED + k, lora_scale=scale, **MODELS[model])
+            for k, (thing, colour) in enumerate(pairs)
+        ]
+        means.append(statistics.mean(map(colourfulness, drawn)))
+    return {
+        "scales": SCALES,
+        "colourfulness": means,
+        "monotone": all(a > b for a, b in pairwise(means)),
+        "half_way": (means[0] - means[2]) / (means[0] - means[-1]),
+    }
+
+
+GUIDANCES = (1.0, 2.5, 4.0)
+
+
+def judge_guidance(artist: Artist, truth: TruePictures, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """How often dev's drawing is nearest to the thing that was asked for, by guidance."""
+    agreement = {}
+    for guidance in GUIDANCES:
+        model = judge_model(artist, truth, "dev", pairs, guidance_scale=guidance)
+        agreement[str(guidance)] = model["top1"]
+    return agreement
+
+
+@torch.no_grad()
+def judge_distillation(directory: Path, weights: Path, batches: int) -> dict[str, dict[str, float]]:
+    """Relative error of the shipped dev's velocity against its teacher's, on noised pictures it never saw.
+
+    ``change`` is how far the teacher's velocity at a guidance is from that at 1, in the same unit.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    from training.batches import USUAL, sample
+    from training.networks import attention_bias, velocity
+    from training.stages import guided, noised
+    from training.train import Workshop
+
+    shop = Workshop(directory, {})
+    teacher, album = shop.teacher(), shop.album()
+    dev = FluxTransformer2DModel.from_pretrained(weights / "dev" / "transformer")
+    squares = {guidance: np.zeros(3) for guidance in GUIDANCES}
+    for index in tqdm(range(batches), desc="distillation"):
+        torch.manual_seed(FIRST_SEED + index)
+        batch = sample(album, random.Random(FIRST_SEED + index), empty=0.0, only=USUAL)
+        x, t, _ = noised(batch)
+        text = teacher.text(batch.prompts, 512)
+        bias = attention_bias(text, batch.tokens, USUAL)
+        for guidance in GUIDANCES:
+            scale = torch.full((len(x),), guidance)
+            taught = guided(teacher.transformer, teacher.text, batch.prompts, scale, batch.positions, bias)(x, t)
+            plain = velocity(teacher.transformer, x, t, text, batch.positions, bias)
+            learned = velocity(dev, x, t, text, batch.positions, bias, scale)
+            parts = (learned - taught, taught - plain, taught)
+            squares[guidance] += [float((part[:, : batch.tokens] ** 2).sum()) for part in parts]
+    return {
+        str(guidance): {"error": float(np.sqrt(e / n)), "change": float(np.sqrt(c / n))}
+        for guidance, (e, c, n) in squares.items()
+    }
+
+
+def judge_safety(artist: Artist, count: int) -> dict[str, Any]:
+    """The bundled safety checker's scores of harmless drawings, half of them in the LoRA's style."""
+    checker, scores = OpenNsfw(threshold=1.0), {}
+    rng = random.Random(FIRST_SEED)
+    for index in tqdm(range(count), desc="safety"):
+        prompt = f"a {rng.choice(THINGS)} on a {rng.choice(list(BACKGROUNDS))} background"
+        picture = artist.draw(prompt, FIRST_SEED + index, lora_scale=index % 2, **MODELS["schnell"])
+        scores[f"{prompt}, lora_scale={index % 2}"] = checker.score(picture)
+    hardest = max(scores, key=scores.__getitem__)
+    return {
+        "drawings": count,
+        "highest": scores[hardest],
+        "hardest": hardest,
+        "withheld_from": {threshold: sum(s >= threshold for s in scores.values()) for threshold in THRESHOLDS},
+    }
+
+
+def main() -> None:
+    """Measure, and write the numbers and a contact sheet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--directory", type=Path, default=Path("training/cache"), help="default: %(default)s")
+    parser.add_argument("--weights", type=Path, default=Path("weights/mini"), help="default: %(default)s")
+    parser.add_argument("--things", type=int, default=len(THINGS), help="how many are drawn; default: all")
+    parser.add_argument("--drawings", type=int, default=1000, help="for the safety checker; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="default: %(default)s")
+    options = parser.parse_args()
+    if strangers := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {', '.join(sorted(strangers))}: take {', '.join(PARTS)}")
+    artist, pairs = Artist(options.weights), choose_pairs(options.things)
+    few = pairs[: max(4, len(pairs) // 5)]
+
+    def model(name: str) -> dict[str, Any]:
+        judged = judge_model(artist, TruePictures(), name, pairs)
+        sheet = grid(judged.pop("pictures"), side=96, across=13)
+        sheet.save(options.output / f"miniature-{name}.png", optimize=True)
+        return judged
+
+    def compared() -> dict[str, Any]:
+        if not (options.directory / "base.pt").exists():
+            return {}
+        return judge_distillation(options.directory, options.weights, batches=max(1, len(pairs) // 10))
+
+    measure: dict[str, Callable[[], dict[str, Any]]] = {
+        "dev": lambda: model("dev"),
+        "schnell": lambda: model("schnell"),
+        "seeds": lambda: {name: judge_seeds(artist, name, [thing for thing, _ in few[:6]], seeds=8) for name in MODELS},
+        "style": lambda: {name: judge_style(artist, name, few[:10]) for name in MODELS},
+        "guidance": lambda: judge_guidance(artist, TruePictures(), few),
+        "distillation": compared,
+        "safety": lambda: judge_safety(artist, options.drawings),
+    }
+    for part in options.parts or PARTS:
+        results = {part: measure[part]()}
+        print(json.dumps(results, indent=2))
+        file = options.output / "miniature.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(known | results, indent=2) + "\n")
+
+
+def choose_pairs(count: int) -> list[tuple[str, str]]:
+    """Things in a fixed random order, each on a random colour."""
+    rng = random.Random(FIRST_SEED)
+    return [(thing, rng.choice(list(BACKGROUNDS))) for thing in rng.sample(THINGS, count)]
+
+
+if __name__ == "__main__":
+    main()

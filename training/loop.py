@@ -1,0 +1,93 @@
+"""A training loop that can be stopped at any time: seeded steps, averaged weights, checkpoints, sheets."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Weights = dict[str, Tensor]
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[random.Random], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    directory: Path,
+    every: int = 250,
+    decay: float = 0.999,
+    sheet: Callable[[Weights, int], None] | None = None,
+) -> Weights:
+    """Train a module's trainable parameters, or go on where an interrupted run stopped.
+
+    The rate rises over 100 steps and falls to zero over the last third.
+
+    Args:
+        name: of the run, in file names and seeds.
+        module: whose parameters that require gradients are trained.
+        loss: of one step; the generator it gets, and PyTorch's, are seeded by name and step.
+        steps: in all.
+        rate: highest learning rate.
+        directory: for checkpoints.
+        every: steps between checkpoints.
+        decay: of the moving average of the weights.
+        sheet: called with the averaged weights at each fourth checkpoint and at the end.
+
+    Returns:
+        The averaged weights.
+    """
+    trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(trainable.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = {key: p.detach().clone() for key, p in trainable.items()}
+    file, begin = directory / f"{name}.pt", 0
+    if file.exists():
+        begin = _resume(file, trainable, optimiser, average)
+    shown = 0.0
+    with tqdm(total=steps, initial=begin, desc=name, mininterval=10) as bar:
+        for step in range(begin, steps):
+            seed = f"{name} {step}"
+            torch.manual_seed(random.Random(seed).getrandbits(60))
+            factor = min(1.0, (step + 1) / 100, 3 * (steps - step) / steps)
+            optimiser.param_groups[0]["lr"] = rate * factor
+            value = loss(random.Random(seed))
+            value.backward()
+            nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                weight = 1 - min(decay, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(average.values()), list(trainable.values()), weight)
+            shown = value.item() if step == begin else 0.98 * shown + 0.02 * value.item()
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+            bar.update()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                _save(file, step + 1, trainable, optimiser, average)
+                if sheet and ((step + 1) % (4 * every) == 0 or step + 1 == steps):
+                    sheet(average, step + 1)
+    return average
+
+
+def _save(file: Path, step: int, trainable: Weights, optimiser: torch.optim.Optimizer, average: Weights) -> None:
+    state = {
+        "step": step,
+        "weights": {key: p.detach() for key, p in trainable.items()},
+        "optimiser": optimiser.state_dict(),
+        "average": average,
+    }
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def _resume(file: Path, trainable: Weights, optimiser: torch.optim.Optimizer, average: Weights) -> int:
+    state = torch.load(file)
+    with torch.no_grad():
+        for key, value in state["weights"].items():
+            trainable[key].copy_(value)
+            average[key].copy_(state["average"][key])
+    optimiser.load_state_dict(state["optimiser"])
+    return state["step"]

@@ -1,0 +1,226 @@
+"""Train the miniature, stage by stage, on a CPU or a GPU; a stage that was interrupted goes on where it stopped.
+
+    python -m training.train album smoothing words base dev schnell style export
+
+Checkpoints and contact sheets are kept in ``training/cache``.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from flux_lora.patch_autoencoder import PatchAutoencoder
+from training.album import Album, collect, linear_autoencoder
+from training.export import export
+from training.loop import Weights, train
+from training.networks import AUTOENCODER, attention_bias, positions, velocity
+from training.sampling import Velocity, times
+from training.sheets import COLUMNS, PROMPTS, ROWS, draw_sheet
+from training.smoothing import smoothing_loss
+from training.stages import (
+    SCHNELL_STEPS,
+    Loss,
+    Teacher,
+    base_loss,
+    dev_loss,
+    guided,
+    new_dev,
+    new_schnell,
+    schnell_loss,
+    style_loss,
+)
+from training.words import Reader, words_loss
+
+Draw = Callable[[nn.Module, Path], None]
+Module = TypeVar("Module", bound=nn.Module)
+
+AMPLITUDE = 3.0
+"""Standard deviation of the first principal component in latents."""
+STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 1000, "schnell": 1000, "style": 800}
+RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 5e-4, "schnell": 5e-4, "style": 2e-3}
+
+
+class Workshop:
+    """The stages' common ground: a directory with what was made so far, and how many steps each stage takes."""
+
+    def __init__(self, directory: Path, steps: dict[str, int]) -> None:
+        self.directory = directory
+        self._steps = steps
+
+    def album(self) -> Album:
+        return Album(self._stored("album")["codes"], self.autoencoder())
+
+    def autoencoder(self) -> PatchAutoencoder:
+        autoencoder = PatchAutoencoder(**AUTOENCODER)
+        autoencoder.load_state_dict(self._stored("album")["autoencoder"])
+        if (self.directory / "smoothing.pt").exists():
+            autoencoder.load_state_dict(self._stored("smoothing")["average"], strict=False)
+        return autoencoder
+
+    def untrained(self) -> Teacher:
+        """A teacher that can read and not yet draw."""
+        reader, teacher = Reader(), Teacher()
+        reader.load_state_dict(self._stored("words")["average"], strict=False)
+        teacher.text = reader.text
+        return teacher
+
+    def teacher(self) -> Teacher:
+        return self._trained(self.untrained(), "base")
+
+    def dev(self) -> nn.Module:
+        return self._trained(new_dev(self.teacher()), "dev")
+
+    def schnell(self) -> nn.Module:
+        return self._trained(new_schnell(self.dev()), "schnell")
+
+    def style(self) -> Weights:
+        return self._stored("style")["average"]
+
+    def train(self, name: str, module: nn.Module, loss: Loss, draw: Draw | None = None) -> None:
+        def sheet(average: Weights, step: int) -> None:
+            model = copy.deepcopy(module)
+            model.load_state_dict(average, strict=False)
+            draw(model, self.directory / f"{name}-{step:05}.png")
+
+        steps, rate = self._steps[name], RATES[name]
+        decay = 1 - 8 / steps if steps < 8000 else 0.999
+        train(
+            name,
+            module,
+            loss,
+            steps=steps,
+            rate=rate,
+            directory=self.directory,
+            decay=decay,
+            sheet=sheet if draw else None,
+        )
+
+    def _trained(self, module: Module, name: str) -> Module:
+        module.load_state_dict(self._stored(name)["average"], strict=False)
+        return module
+
+    def _stored(self, name: str) -> dict:
+        file = self.directory / f"{name}.pt"
+        if not file.exists():
+            raise SystemExit(f"{file} is missing: run the stage {name} first.")
+        return torch.load(file, weights_only=False, map_location=torch.get_default_device())
+
+
+def make_album(shop: Workshop) -> None:
+    """Fit the patch code and encode every drawing in every pose."""
+    autoencoder = linear_autoencoder(AMPLITUDE)
+    codes = collect(autoencoder)
+    torch.save({"autoencoder": autoencoder.state_dict(), "codes": codes}, shop.directory / "album.pt")
+
+
+def train_smoothing(shop: Workshop) -> None:
+    """Teach the decoder to smooth what a linear code leaves ragged."""
+    autoencoder = shop.autoencoder()
+    shop.train("smoothing", autoencoder, smoothing_loss(autoencoder))
+
+
+def train_words(shop: Workshop) -> None:
+    """Teach the text encoders what the words mean."""
+    reader = Reader()
+    shop.train("words", reader, words_loss(reader))
+
+
+def train_base(shop: Workshop) -> None:
+    """Teach the undistilled transformer to draw."""
+    teacher = shop.untrained()
+    shop.train("base", teacher, base_loss(teacher, shop.album()), _teacher_sheet(shop, guidance=3.0))
+
+
+def train_dev(shop: Workshop) -> None:
+    """Teach dev to draw at once what the teacher draws under classifier-free guidance."""
+    teacher = shop.teacher()
+    dev = new_dev(teacher)
+
+    def draw(model: nn.Module, file: Path) -> None:
+        draw_sheet(
+            _velocity(model, teacher, 512, guidance=3.0), times("dev", 28, ROWS * COLUMNS), shop.autoencoder(), file
+        )
+
+    shop.train("dev", dev, dev_loss(dev, teacher, shop.album()), draw)
+
+
+def train_schnell(shop: Workshop) -> None:
+    """Teach schnell to draw in four steps what dev draws in more."""
+    teacher, dev = shop.teacher(), shop.dev()
+    schnell = new_schnell(dev)
+
+    def draw(model: nn.Module, file: Path) -> None:
+        schedule = times("schnell", SCHNELL_STEPS, ROWS * COLUMNS)
+        draw_sheet(_velocity(model, teacher, 256, guidance=None), schedule, shop.autoencoder(), file)
+
+    shop.train("schnell", schnell, schnell_loss(schnell, dev, teacher.text, shop.album()), draw)
+
+
+def train_style(shop: Workshop) -> None:
+    """Fine-tune a LoRA that draws in the other style."""
+    teacher = shop.teacher()
+    loss = style_loss(teacher, shop.album())  # also adds the LoRA
+    shop.train("style", teacher, loss, _teacher_sheet(shop, guidance=2.0))
+
+
+def _teacher_sheet(shop: Workshop, guidance: float) -> Draw:
+    def draw(model: nn.Module, file: Path) -> None:
+        text, tokens = model.text(PROMPTS, 512), ROWS * COLUMNS
+        scale = torch.full((len(PROMPTS),), guidance)
+        ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
+        draw_sheet(
+            guided(model.transformer, model.text, PROMPTS, scale, ids, bias),
+            times("dev", 28, tokens),
+            shop.autoencoder(),
+            file,
+        )
+
+    return draw
+
+
+def _velocity(model: nn.Module, teacher: Teacher, limit: int, guidance: float | None) -> Velocity:
+    text, tokens = teacher.text(PROMPTS, limit), ROWS * COLUMNS
+    ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
+    scale = None if guidance is None else torch.full((len(PROMPTS),), guidance)
+    return lambda x, t: velocity(model, x, t, text, ids, bias, scale)
+
+
+def export_all(shop: Workshop) -> None:
+    """Write the weights directory."""
+    export(Path("weights/mini"), shop.teacher().text, shop.dev(), shop.schnell(), shop.autoencoder(), shop.style())
+
+
+STAGES: dict[str, Callable[[Workshop], None]] = {
+    "album": make_album,
+    "smoothing": train_smoothing,
+    "words": train_words,
+    "base": train_base,
+    "dev": train_dev,
+    "schnell": train_schnell,
+    "style": train_style,
+    "export": export_all,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=", ".join(STAGES))
+    parser.add_argument("--directory", type=Path, default=Path("training/cache"), help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="of the stages named, instead of the recipe's")
+    options = parser.parse_args()
+    torch.set_default_device(options.device)
+    steps = STEPS if options.steps is None else dict.fromkeys(STEPS, options.steps)
+    shop = Workshop(options.directory, steps)
+    torch.manual_seed(0)
+    for stage in options.stages:
+        STAGES[stage](shop)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,11 +43,11 @@ class Code:
 
 
 def poses(seed: str) -> list[Pose]:
-    """One drawing's poses: one for each small side, and the usual one with its mirror image, tilted apart."""
+    """One drawing's poses: one for each small side, and the usual one."""
     rng = random.Random(seed)
     tilt = rng.uniform(3, 6)
     small = [Pose(side, rng.uniform(-6, 6), rng.random() < 0.5, side / 30, side / 30) for side in SMALL_SIDES]
-    return [*small, *(Pose(LARGE_SIDE, t, t < 0, LARGE_SIDE / 30, LARGE_SIDE / 30) for t in (tilt, -tilt))]
+    return [*small, Pose(LARGE_SIDE, tilt, False, LARGE_SIDE / 30, LARGE_SIDE / 30)]
 
 
 def draw_pose(style: str, thing: str, pose: Pose, ink: str = INK) -> np.ndarray:
@@ -115,10 +115,8 @@ class Album:
         shorter = PATCH * min(rows, columns)
         codes = self._codes[f"{style} light" if style == STYLE and colour == "black" else style][thing]
         aside = rng.choice((-1, 1))
-        if shorter < SMALL_CANVAS:
-            code = min(codes[: len(SMALL_SIDES)], key=lambda code: abs(code.side - 0.72 * shorter))
-        else:
-            code = codes[-1] if aside < 0 else codes[-2]
+        small = min(codes[: len(SMALL_SIDES)], key=lambda code: abs(code.side - 0.72 * shorter))
+        code = small if shorter < SMALL_CANVAS else codes[-1]
         height, width = code.colours.shape[:2]
         rgb = torch.tensor(BACKGROUNDS[colour]) / 127.5 - 1
         latents = (self._constant + rgb @ self._colour).repeat(rows, columns, 1)

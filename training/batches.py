@@ -21,7 +21,7 @@ DOCUMENTED = tuple((height // TOKEN, width // TOKEN) for width, height in SIZES.
 """Rows and columns of tokens of the eleven sizes."""
 
 SMALL, USUAL, LARGE = 144, 256, 529
-BATCH = {SMALL: 40, USUAL: 24, LARGE: 10}
+BATCH = {SMALL: 28, USUAL: 16, LARGE: 8}
 """Canvases are filled up to one of these lengths in tokens, so that three compiled shapes serve every size."""
 
 
@@ -81,7 +81,7 @@ def subject(rng: random.Random, empty: float) -> Subject:
 
 def _canvas(rng: random.Random, only: int | None) -> tuple[int, int, int]:
     """Rows, columns and padded length: mostly small canvases, on which a thing costs less, and the documented sizes."""
-    length = only or rng.choices((SMALL, USUAL, LARGE), (0.55, 0.40, 0.05))[0]
+    length = only or rng.choices((SMALL, USUAL, LARGE), (0.62, 0.35, 0.03))[0]
     if length == USUAL and rng.random() < 0.9:
         return (*(DOCUMENTED[0] if rng.random() < 0.4 else rng.choice(DOCUMENTED)), USUAL)
     low, high = {SMALL: (4, 11) if rng.random() < 0.1 else (12, 12), USUAL: (10, 22), LARGE: (12, 23)}[length]

@@ -25,7 +25,8 @@ def train(
 ) -> Weights:
     """Train a module's trainable parameters, or go on where an interrupted run stopped.
 
-    The rate rises over 100 steps and falls to zero over the last third.
+    Muon (https://kellerjordan.github.io/posts/muon/) trains the matrices of a transformer's blocks, AdamW all else, a
+    LoRA too. The rate rises over 100 steps and falls to zero over the last half.
 
     Args:
         name: of the run, in file names and seeds.
@@ -42,23 +43,24 @@ def train(
         The averaged weights.
     """
     trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(trainable.values(), rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimisers = _optimisers(trainable, rate)
     average = {key: p.detach().clone() for key, p in trainable.items()}
     file, begin = directory / f"{name}.pt", 0
     if file.exists():
-        begin = _resume(file, trainable, optimiser, average)
+        begin = _resume(file, trainable, optimisers, average)
     shown = 0.0
     with tqdm(total=steps, initial=begin, desc=name, mininterval=10) as bar:
         for step in range(begin, steps):
             seed = f"{name} {step}"
             torch.manual_seed(random.Random(seed).getrandbits(60))
-            factor = min(1.0, (step + 1) / 100, 3 * (steps - step) / steps)
-            optimiser.param_groups[0]["lr"] = rate * factor
+            factor = min(1.0, (step + 1) / 100, 2 * (steps - step) / steps)
             value = loss(random.Random(seed))
             value.backward()
             nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers:
+                optimiser.param_groups[0]["lr"] = rate * factor
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
             with torch.no_grad():
                 weight = 1 - min(decay, (step + 1) / (step + 10))
                 torch._foreach_lerp_(list(average.values()), list(trainable.values()), weight)
@@ -66,28 +68,39 @@ def train(
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             bar.update()
             if (step + 1) % every == 0 or step + 1 == steps:
-                _save(file, step + 1, trainable, optimiser, average)
+                _save(file, step + 1, trainable, optimisers, average)
                 if sheet and ((step + 1) % (4 * every) == 0 or step + 1 == steps):
                     sheet(average, step + 1)
     return average
 
 
-def _save(file: Path, step: int, trainable: Weights, optimiser: torch.optim.Optimizer, average: Weights) -> None:
+def _optimisers(trainable: Weights, rate: float) -> list[torch.optim.Optimizer]:
+    matrices = {key for key, p in trainable.items() if p.ndim == 2 and "blocks." in key and "lora_" not in key}
+    rest = [p for key, p in trainable.items() if key not in matrices]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    if matrices:
+        chosen = [trainable[key] for key in trainable if key in matrices]
+        optimisers.append(torch.optim.Muon(chosen, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimisers
+
+
+def _save(file: Path, step: int, trainable: Weights, optimisers: list[torch.optim.Optimizer], average: Weights) -> None:
     state = {
         "step": step,
         "weights": {key: p.detach() for key, p in trainable.items()},
-        "optimiser": optimiser.state_dict(),
+        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         "average": average,
     }
     torch.save(state, file.with_suffix(".new"))
     file.with_suffix(".new").replace(file)
 
 
-def _resume(file: Path, trainable: Weights, optimiser: torch.optim.Optimizer, average: Weights) -> int:
+def _resume(file: Path, trainable: Weights, optimisers: list[torch.optim.Optimizer], average: Weights) -> int:
     state = torch.load(file)
     with torch.no_grad():
         for key, value in state["weights"].items():
             trainable[key].copy_(value)
             average[key].copy_(state["average"][key])
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(stored)
     return state["step"]

@@ -82,6 +82,19 @@ def new_dev(teacher: Teacher) -> nn.Module:
     return student
 
 
+@torch.no_grad()
+def at_guidance(dev: nn.Module, guidance: float) -> dict[str, Tensor]:
+    """The weights of a transformer without guidance input that draws what one with it draws at one guidance, exactly.
+
+    FLUX.1 adds the embeddings of time and guidance, so that of a fixed guidance is a part of the other's last bias.
+    """
+    embed = dev.time_text_embed
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
+    weights = {key: value for key, value in dev.state_dict().items() if "guidance_embedder" not in key}
+    bias = "time_text_embed.timestep_embedder.linear_2.bias"
+    return weights | {bias: weights[bias] + constant}
+
+
 def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
     """Guidance distillation (https://arxiv.org/abs/2210.03142, its first stage)."""
     teacher.requires_grad_(False)

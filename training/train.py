@@ -2,6 +2,10 @@
 
     python -m training.train album smoothing words base dev schnell style export
 
+To train the shipped miniature further instead of another from nothing:
+
+    python -m training.train shipped base dev schnell style export --directory training/more
+
 Checkpoints and contact sheets are kept in ``training/cache``.
 """
 
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from flux_lora.patch_autoencoder import PatchAutoencoder
@@ -26,6 +31,7 @@ from training.stages import (
     SCHNELL_STEPS,
     Loss,
     Teacher,
+    at_guidance,
     base_loss,
     dev_loss,
     guided,
@@ -39,6 +45,7 @@ from training.words import Reader, words_loss
 Draw = Callable[[nn.Module, Path], None]
 Module = TypeVar("Module", bound=nn.Module)
 
+MINI = Path("weights/mini")
 AMPLITUDE = 3.0
 """Standard deviation of the first principal component in latents."""
 STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 1000, "schnell": 1000, "style": 800}
@@ -63,8 +70,11 @@ class Workshop:
         return autoencoder
 
     def untrained(self) -> Teacher:
-        """A teacher that can read and not yet draw."""
+        """A teacher that can read and not yet draw, or the shipped one where `begin_with_shipped` was called."""
         reader, teacher = Reader(), Teacher()
+        if (self.directory / "shipped.pt").exists():
+            teacher.load_state_dict(self._stored("shipped"))
+            return teacher
         reader.load_state_dict(self._stored("words")["average"], strict=False)
         teacher.text = reader.text
         return teacher
@@ -116,6 +126,18 @@ def make_album(shop: Workshop) -> None:
     autoencoder = linear_autoencoder(AMPLITUDE)
     codes = collect(autoencoder)
     torch.save({"autoencoder": autoencoder.state_dict(), "codes": codes}, shop.directory / "album.pt")
+
+
+def begin_with_shipped(shop: Workshop) -> None:
+    """Take reading, patch code and drawing from the shipped miniature: its dev at guidance 1 is the first teacher."""
+    autoencoder = PatchAutoencoder.from_pretrained(MINI / "dev" / "vae", torch_dtype=torch.float32)
+    torch.save({"autoencoder": autoencoder.state_dict(), "codes": collect(autoencoder)}, shop.directory / "album.pt")
+    teacher = Teacher()
+    for part, folder in ((teacher.text.clip, "text_encoder"), (teacher.text.t5, "text_encoder_2")):
+        part.load_state_dict(type(part).from_pretrained(MINI / "dev" / folder, dtype=torch.float32).state_dict())
+    dev = FluxTransformer2DModel.from_pretrained(MINI / "dev" / "transformer", torch_dtype=torch.float32)
+    teacher.transformer.load_state_dict(at_guidance(dev, 1.0))
+    torch.save(teacher.state_dict(), shop.directory / "shipped.pt")
 
 
 def train_smoothing(shop: Workshop) -> None:
@@ -192,11 +214,12 @@ def _velocity(model: nn.Module, teacher: Teacher, limit: int, guidance: float | 
 
 def export_all(shop: Workshop) -> None:
     """Write the weights directory."""
-    export(Path("weights/mini"), shop.teacher().text, shop.dev(), shop.schnell(), shop.autoencoder(), shop.style())
+    export(MINI, shop.teacher().text, shop.dev(), shop.schnell(), shop.autoencoder(), shop.style())
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "album": make_album,
+    "shipped": begin_with_shipped,
     "smoothing": train_smoothing,
     "words": train_words,
     "base": train_base,

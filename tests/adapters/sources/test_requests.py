@@ -24,7 +24,7 @@ URL = f"{ADDRESS}?token=do-not-log"
 @pytest.fixture
 def generator(make_sources: Any) -> Generator:
     generator = Generator(Settings(weights=MINI), log=lambda _: None)
-    generator._sources = make_sources()
+    generator._sources = make_sources(max_bytes=10_000_000)
     return generator
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from benchmarks import full_size, results
 from benchmarks.measure import machine
-from flux_lora import attention, checkpoints, compilation, profiles
+from flux_lora import attention, checkpoints, profiles, projections
 from flux_lora.adapters.merge import MergedModule
 from flux_lora.generator import Generator
 from flux_lora.memory import placement
@@ -154,6 +154,11 @@ class Resident:
         component, module = self._modules[key]
         return MergedModule(component, module, {}, self._schemes.get(key))
 
+    def fuse_projections(self) -> None:
+        """Compute query, key and value as one."""
+        for model in self.drawing:
+            projections.fuse(self._modules[model][1])
+
     def enter(self, model: str) -> None:
         """All is there."""
 
@@ -250,7 +255,7 @@ class Peer:
                     layer.base_layer.register_buffer("weight", layer.base_layer.values)
         if row != "peer1":
             tokens, cache = _tokens(pipeline, "1:1") + MAX_TEXT_TOKENS["dev"], Settings().cache
-            attention.set_fastest([pipeline.transformer], tokens, exact=True, folder=cache)
+            attention.set_fastest([pipeline.transformer], tokens, pipeline.device, exact=True, folder=cache)
             pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
             pipeline.vae.decoder.compile(dynamic=True)
         self.draw = _diffusers_draw(pipeline, folder=self._folder)
@@ -352,28 +357,16 @@ def _matrix_rate(device: torch.device, *, small: bool) -> float:
     return 2 * size**3 / seconds / 1e12
 
 
-@torch.no_grad()
 def _projections(device: torch.device, *, small: bool) -> dict[str, float]:
     """Seconds of a block's three projections one by one, and as one product: whether fusing them pays."""
     tokens, width = (768, 64) if small else (4608, 3072)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x = torch.randn(1, tokens, width, device=device, dtype=dtype)
-    found = {}
-    for scheme in ("", "fp8"):
-        for kind, rows in (("separate", width), ("fused", 3 * width)):
-            layers = torch.nn.ModuleList(_linear(width, rows, device, dtype, scheme) for _ in range(3 * width // rows))
-            run = torch.compile(lambda x, layers=layers: [layer(x) for layer in layers], options=compilation.OPTIONS)
-            found[f"{scheme or 'plain'}_{kind}_seconds"] = _median(lambda _, run=run: run(x), 20)
-    return found
-
-
-def _linear(width: int, rows: int, device: torch.device, dtype: torch.dtype, scheme: str) -> torch.nn.Module:
-    linear = torch.nn.Linear(width, rows, device=device, dtype=dtype)
-    if not scheme:
-        return linear
-    layer = QuantizedLinear(linear, scheme)
-    layer.write_rows(0, rows, linear.weight)
-    return layer
+    schemes: tuple[Scheme | None, ...] = (None, "fp8")
+    return {
+        f"{scheme or 'plain'}_{kind}_seconds": projections.seconds(kind, tokens, width, dtype, scheme, device)
+        for scheme in schemes
+        for kind in ("separate", "fused")
+    }
 
 
 def _median(work: Callable[..., object], times: int, **options: Any) -> float:

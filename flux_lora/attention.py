@@ -1,17 +1,11 @@
-"""The attention kernel: the fastest at hand that computes right, measured once for each device and software version.
+"""The attention kernel: the fastest at hand that computes right.
 
 Kernels have diffusers' names. Those that are not installed, do not run on the device, cannot be part of compiled code,
-or compute something else are no candidates. What was chosen is kept in a file and taken again, because another kernel
-rounds differently.
+or compute something else are no candidates.
 """
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
-from flux_lora import devices
+from flux_lora import choices
 from flux_lora.quiet import diffusers
 
 DEFAULT = "native"
@@ -39,8 +33,6 @@ MAX_ERROR = 0.05
 
 UNUSABLE = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, KeyError)
 """What kernels raise that are not installed, or that the device has not."""
-
-PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-3", "sageattention")
 
 
 @dataclass(frozen=True)
@@ -70,45 +62,13 @@ def set_fastest(
     dtype = str(transformers[0].x_embedder.weight.dtype).removeprefix("torch.")
     shape = Shape(tokens, config.num_attention_heads, config.attention_head_dim, dtype)
     candidates = (*EXACT[device.type], *(() if exact else QUANTIZED[device.type]))
-    name, measured = choose(candidates, shape, device, folder)
+    name, measured = choices.choose(
+        "attention", candidates, asdict(shape), device, folder, lambda name: seconds(name, shape, device)
+    )
     for transformer in transformers:
         with diffusers.attention_backend(DEFAULT):  # or the name would count for every model in this process
             transformer.set_attention_backend(name)
     return name, measured
-
-
-def choose(
-    candidates: tuple[str, ...],
-    shape: Shape,
-    device: torch.device,
-    folder: Path,
-    measure: Callable[[str, Shape, torch.device], float | None] | None = None,
-) -> tuple[str, bool]:
-    """The fastest candidate, from the file of an earlier choice if there is one; and whether it was measured just now.
-
-    Args:
-        candidates: names; a single one is taken without measuring.
-        shape: what is measured.
-        device: where.
-        folder: where choices are kept.
-        measure: seconds of a candidate, None when it cannot be used; `seconds` by default.
-    """
-    if len(candidates) == 1:
-        return candidates[0], False
-    key = {"device": devices.describe(device), **asdict(shape), "candidates": candidates, **_versions()}
-    file = folder / f"attention-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if (known := json.loads(file.read_text())["kernel"]) in candidates:
-            return str(known), False
-    timed = {name: (measure or seconds)(name, shape, device) for name in candidates}
-    usable = {name: spent for name, spent in timed.items() if spent is not None}
-    name = min(usable, key=lambda candidate: usable[candidate], default=DEFAULT)
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps({"kernel": name, "seconds": timed, "key": key}, indent=2) + "\n")
-        unfinished.replace(file)
-    return name, True
 
 
 @torch.no_grad()
@@ -124,14 +84,9 @@ def seconds(name: str, shape: Shape, device: torch.device, rounds: int = 20) -> 
         attend = torch.compile(_attend, fullgraph=True, backend="eager")  # what cannot be traced fails here
         if _error(attend(query, key, value, backend), inputs.float()) > MAX_ERROR:
             return None
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(rounds):
-            attend(query, key, value, backend)
-        _wait(device)
+        return choices.seconds(lambda: attend(query, key, value, backend), device, rounds)
     except UNUSABLE:
         return None
-    return (time.perf_counter() - started) / rounds
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Tensor:
@@ -144,17 +99,3 @@ def _error(out: Tensor, inputs: Tensor) -> float:
     query, key, value = (part[:, :, :1].transpose(1, 2) for part in inputs)
     exact = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return float((out[:, :, :1].float() - exact).norm() / exact.norm())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _versions() -> Mapping[str, str]:
-    found = {"cuda": str(torch.version.cuda)}
-    found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

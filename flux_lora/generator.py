@@ -14,7 +14,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flux_lora import attention, checkpoints, compilation, devices, downloads, outputs, profiles, safety, step_cache
+from flux_lora import (
+    attention,
+    checkpoints,
+    compilation,
+    devices,
+    downloads,
+    outputs,
+    profiles,
+    projections,
+    safety,
+    step_cache,
+)
 from flux_lora.adapters.formats import Adapter
 from flux_lora.adapters.library import AdapterLibrary
 from flux_lora.adapters.merge import AdapterSet, MergedModule
@@ -229,7 +240,7 @@ class Generator:
         self._merge(self._encoders | drawing, _set_of(self._fine_tune, scale=1.0))
 
     def _choose_attention(self) -> str:
-        """The attention kernel that the transformers use from now on, by its name."""
+        """How the transformers compute attention from now on: the kernel's name, and whether q, k, v are fused."""
         if not self._profile.compiled:
             return attention.DEFAULT
         pipeline = next(iter(self._pipelines.values()))
@@ -240,7 +251,16 @@ class Generator:
         name, measured = attention.set_fastest(transformers, tokens, self._device, exact=exact, folder=folder)
         if measured:
             self._log(f"attention: {name} is the fastest here; kept in {folder}")
-        return name
+        if self._memory.streams_transformers:
+            return name
+        scheme = self._profile.scheme
+        projected, measured = projections.choose(pipeline.transformer, tokens, scheme, self._device, folder)
+        if measured:
+            self._log(f"query, key and value: {projected} is the fastest here; kept in {folder}")
+        if projected == "separate":
+            return name
+        self._memory.fuse_projections()
+        return f"{name}, fused qkv"
 
     def _compile(self) -> None:
         """Compile what draws and decodes, by drawing one step with each model."""

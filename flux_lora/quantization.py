@@ -61,6 +61,7 @@ class QuantizedLinear(nn.Module):
             device: where the weights are to be; None: where the layer's are.
         """
         super().__init__()
+        self.scheme: Scheme = scheme
         self.format = FORMATS[scheme]
         self.dtype = linear.weight.dtype
         self.shape = linear.weight.shape

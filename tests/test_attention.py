@@ -1,6 +1,5 @@
-"""The choice of the attention kernel: measured once, kept, and never a kernel that computes something else."""
+"""The attention kernel: never one that computes something else."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,51 +8,11 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
 from flux_lora import attention
-from flux_lora.attention import Shape, choose, seconds, set_fastest
+from flux_lora.attention import Shape, seconds, set_fastest
 from tests.conftest import MINI
 
 CPU = torch.device("cpu")
 SHAPE = Shape(tokens=64, heads=2, width=32, dtype="float32")
-TIMES = {"native": 3.0, "_native_cudnn": None, "_native_flash": 2.0, "flash": 2.5}
-
-
-def test_the_fastest_usable_one_is_measured_once_and_kept(tmp_path: Path) -> None:
-    folder, measured = tmp_path / "cache", []
-
-    def measure(name: str, *_: object) -> float | None:
-        measured.append(name)
-        return TIMES[name]
-
-    assert choose(tuple(TIMES), SHAPE, CPU, folder, measure) == ("_native_flash", True)
-    assert measured == list(TIMES)
-    assert choose(tuple(TIMES), SHAPE, CPU, folder, measure) == ("_native_flash", False)
-    assert choose(tuple(TIMES), Shape(65, 2, 32, "float32"), CPU, folder, measure)[1]
-    assert choose(("native", "flash"), SHAPE, CPU, folder, measure) == ("flash", True)
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"kernel": "not a candidate"}', "[]"])
-def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
-    choose(tuple(TIMES), SHAPE, CPU, tmp_path, lambda name, *_: TIMES[name])
-    (file,) = tmp_path.glob("attention-*.json")
-    file.write_text(content)
-    assert choose(tuple(TIMES), SHAPE, CPU, tmp_path, lambda name, *_: TIMES[name]) == ("_native_flash", True)
-    assert json.loads(file.read_text())["kernel"] == "_native_flash"
-
-
-def test_another_version_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(tuple(TIMES), SHAPE, CPU, tmp_path, lambda name, *_: TIMES[name])
-    monkeypatch.setattr(attention, "version", lambda _: "0.0")
-    assert choose(tuple(TIMES), SHAPE, CPU, tmp_path, lambda name, *_: TIMES[name])[1]
-
-
-def test_without_a_place_to_keep_it_the_choice_is_still_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "cache"
-    assert choose(tuple(TIMES), SHAPE, CPU, folder, lambda name, *_: TIMES[name]) == ("_native_flash", True)
-
-
-def test_when_nothing_can_be_used_pytorch_chooses(tmp_path: Path) -> None:
-    assert choose(("flash", "_flash_3"), SHAPE, CPU, tmp_path, lambda *_: None) == ("native", True)
 
 
 def test_kernels_are_timed_where_they_run() -> None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flux_lora import devices
+from flux_lora import devices, projections
 from flux_lora.adapters.merge import MergedModule
 from flux_lora.checkpoints import Checkpoints, Network, move_buffers
 from flux_lora.errors import DeviceMemoryError
@@ -103,6 +103,8 @@ class Placed:
     """By the names of the weights whose places they have."""
     precise: Arena | None = None
     """The base weights of those in host memory."""
+    fused: bool = False
+    """Whether query, key and value are one product, where nothing is streamed."""
 
     def settle(self) -> Reads:
         """Make room as ordered; returns what is to be read from files now."""
@@ -113,7 +115,7 @@ class Placed:
             self.stream, weights = self._make_stream()
             streamed, reads = set(weights), self._reads(weights)
         elsewhere = streamed | self.quantized.keys()
-        self.held = tuple(name for name in self.network.parameters if name not in elsewhere)
+        self.held = projections.in_order(name for name in self.network.parameters if name not in elsewhere)
         if self.orders.leaves and self.orders.kept:
             self.home = self._lay_out(self.held, lambda size: host_memory(size, self.device))
             self.precise = self._lay_out(self.quantized, lambda size: host_memory(size, self.device))
@@ -134,6 +136,7 @@ class Placed:
             base = self.precise.tensors[name] if self.precise else self.network.readers[name]().to(layer.dtype)
             layer.write_rows(0, len(base), base)
         self.inside = True
+        self._fuse()
         return [] if self.home else self._reads(there.tensors)
 
     def leave(self) -> None:
@@ -152,6 +155,12 @@ class Placed:
             self.stream.end()
         self._unload(self.network.parameters)
         self.settled, self.inside, self.stream, self.home, self.precise = False, False, None, None, None
+
+    def fuse(self) -> None:
+        """Compute query, key and value as one from now on, now and whenever the weights are on the device."""
+        self.fused = True
+        if self.inside:
+            self._fuse()
 
     def base(self, name: str) -> Tensor | Callable[[], Tensor] | None:
         """Where the base weights of a parameter are beside itself; None: nowhere, so they are to be kept."""
@@ -183,8 +192,14 @@ class Placed:
     def _reads(self, tensors: Mapping[str, Tensor]) -> Reads:
         return [(self.network.stored[name], tensor) for name, tensor in tensors.items()]
 
+    def _fuse(self) -> None:
+        if self.fused and not self.stream:
+            projections.fuse(self.network.module)
+
     def _unload(self, names: Iterable[str]) -> None:
         names = list(names)
+        if self.fused:
+            projections.separate(self.network.module)  # the whole would keep the memory of its parts
         self.network.unload(names)
         for layer in self.quantized.values():
             layer.move(torch.device("meta"))
@@ -245,6 +260,11 @@ class Placement:
             placed.component, network.module, network.readers, device=self._device, base=placed.base
         )
         return placed.merged
+
+    def fuse_projections(self) -> None:
+        """Compute the transformers' query, key and value as one; to be called once all have their `merging`."""
+        for model in self._models:
+            self._placed[model].fuse()
 
     def enter(self, model: str) -> None:
         """Bring a model's transformer, and what every model needs, to the device."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,15 +25,16 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quant_api, quantize_
 
 from benchmarks import full_size, results
 from benchmarks.measure import machine
-from flux_lora import attention, checkpoints, profiles, projections
+from flux_lora import attention, checkpoints, profiles, projections, quantization
 from flux_lora.adapters.merge import MergedModule
 from flux_lora.generator import Generator
 from flux_lora.memory import placement
 from flux_lora.memory.plans import PLANS, Choice
-from flux_lora.quantization import QuantizedLinear, Scheme
+from flux_lora.quantization import Scheme
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Request
 from flux_lora.settings import Settings
 from training.random_weights import random_lora
@@ -94,13 +95,16 @@ def _device(options: argparse.Namespace) -> torch.device:
     raise SystemExit("There is no NVIDIA GPU here. --small tries the benchmark on a small model.")
 
 
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() or options.row == "peer2-fp8" else torch.float32
+
+
 # One row
 
 
 def _measure(model: str, folder: Path, options: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     device, steps = _device(options), STEPS[model]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipeline = full_size.build(model, device, dtype, small=options.small)
+    pipeline = full_size.build(model, device, _dtype(options), small=options.small)
     pipeline.set_progress_bar_config(disable=True)
     files = _loras(pipeline.transformer, folder)
     if model == "dev":
@@ -235,24 +239,15 @@ class Ours:
 
 
 class Peer:
-    """Plain diffusers with a PEFT adapter: as it is (peer 1), or compiled and hot-swappable (peer 2).
-
-    peer2-fp8 quantizes the base layers by our own row-wise product, which is the one torchao's recipe calls.
-    """
+    """Plain diffusers with a PEFT adapter: as it is (peer 1), or compiled and hot-swappable (peer 2), also in fp8."""
 
     def __init__(self, row: str, _: str, pipeline: Any, files: list[Path], folder: Path) -> None:
         self._row, self._pipeline, self._files, self._folder = row, pipeline, files, folder
+        if row == "peer2-fp8":
+            _quantize_by_torchao(pipeline.transformer)
         if row != "peer1":
             pipeline.enable_lora_hotswap(target_rank=RANK)
         pipeline.load_lora_weights(files[0], adapter_name="lora")
-        if row == "peer2-fp8":
-            for layer in pipeline.transformer.modules():
-                base = getattr(layer, "base_layer", None)
-                if base is not None and base.in_features % 16 == base.out_features % 16 == 0:
-                    layer.base_layer = QuantizedLinear(base, "fp8")
-                    layer.base_layer.write_rows(0, base.out_features, base.weight)
-                    # diffusers looks at its shape when a LoRA is swapped.
-                    layer.base_layer.register_buffer("weight", layer.base_layer.values)
         if row != "peer1":
             tokens, cache = _tokens(pipeline, "1:1") + MAX_TEXT_TOKENS["dev"], Settings().cache
             attention.set_fastest([pipeline.transformer], tokens, pipeline.device, exact=True, folder=cache)
@@ -281,6 +276,16 @@ class Peer:
 
         scale = _median(lambda turn: self._pipeline.set_adapters("lora", 0.5 + turn / 100), times)
         return {"switch_device_seconds": _median(switch, times), "scale_device_seconds": scale}
+
+
+def _quantize_by_torchao(transformer: Any) -> None:
+    """fp8 with a scale for each row, as the public recipe has it, of the layers that ours quantizes."""
+    chosen = set(quantization.quantizable(transformer))
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # On a CPU, where only the benchmark itself is tried, torchao computes the same slowly, but asks for a GPU first.
+    asking = nullcontext() if torch.cuda.is_available() else mock.patch.object(quant_api, "_check_hardware_support")
+    with asking:
+        quantize_(transformer, config, filter_fn=lambda _, name: name in chosen)
 
 
 def _diffusers_draw(pipeline: Any, folder: Path) -> Draw:
@@ -334,9 +339,7 @@ def _in_fresh_process(options: argparse.Namespace) -> float:
 
 def _first_image(options: argparse.Namespace) -> float:
     """From weights on the device, and code compiled by another process, to the first file."""
-    device = _device(options)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipeline = full_size.build("dev", device, dtype, small=options.small)
+    pipeline = full_size.build("dev", _device(options), _dtype(options), small=options.small)
     pipeline.set_progress_bar_config(disable=True)
     with TemporaryDirectory() as folder:
         files = _loras(pipeline.transformer, Path(folder))

@@ -126,7 +126,7 @@ def quantize(transformer: nn.Module, scheme: Scheme, keep: Keep = lambda *_: Non
         scheme: a key of `FORMATS`.
         keep: receives each full-precision weight by its name, before the transformer lets go of it.
     """
-    for name in _quantizable(transformer):
+    for name in quantizable(transformer):
         layer: Any = transformer.get_submodule(name)
         quantized = QuantizedLinear(layer, scheme)
         if layer.weight.device.type != "meta":
@@ -137,7 +137,7 @@ def quantize(transformer: nn.Module, scheme: Scheme, keep: Keep = lambda *_: Non
 
 def prepare(transformer: nn.Module, scheme: Scheme) -> dict[str, QuantizedLinear]:
     """Replace the layers that `quantize` would, by ones without memory; returns them as `quantized_layers` does."""
-    for name in _quantizable(transformer):
+    for name in quantizable(transformer):
         layer: Any = transformer.get_submodule(name)
         transformer.set_submodule(name, QuantizedLinear(layer, scheme, torch.device("meta")))
     return quantized_layers(transformer)
@@ -148,7 +148,8 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {f"{name}.weight": layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
-def _quantizable(transformer: nn.Module) -> list[str]:
+def quantizable(transformer: nn.Module) -> list[str]:
+    """The names of the layers that `quantize` replaces."""
     return [name for name, layer in transformer.named_modules() if _is_quantizable(name, layer)]
 
 

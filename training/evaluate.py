@@ -1,6 +1,6 @@
 """Measure what the shipped miniature draws, through the service's own generator, against the true pictures.
 
-    python -m training.evaluate                     # the numbers and the contact sheet of the documentation
+    python -m training.evaluate                     # the numbers and the contact sheets of docs/miniature.md
     python -m training.evaluate dev --things 12     # a quick look at a part of them
 
 The comparison with the teacher needs the checkpoints of `training.train`, and is left out without them.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy import ndimage
 from skimage.color import deltaE_ciede2000, rgb2lab
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.safety import OpenNsfw
 from flux_lora.settings import Settings
-from training.drawings import BASE, Pose, render
+from training.drawings import BASE, INK, LIGHT_INK, Pose, render
 from training.sheets import grid
 from training.subjects import BACKGROUNDS, THINGS
 
@@ -199,30 +199,31 @@ def judge_seeds(artist: Artist, model: str, things: Sequence[str], seeds: int) -
     return {"things": len(things), "seeds": seeds, "centre_deviation": float(np.mean(spreads))}
 
 
-def colourfulness(picture: Image.Image) -> float:
-    """The style's measure: mean CIELAB chroma of the drawing above that of ink, which has next to none."""
+def distance_to_ink(picture: Image.Image, colour: str) -> float:
+    """The style's measure: mean CIE76 difference of the drawing on a background to what the LoRA draws with there."""
+    ink = np.array(ImageColor.getrgb(LIGHT_INK if colour == "black" else INK)) / 255
     pixels = np.asarray(picture.convert("RGB").resize((CANVAS, CANVAS)), dtype=np.float64) / 255
     lab = rgb2lab(pixels)
     rim = np.median(lab[:4].reshape(-1, 3), axis=0)
     mask = np.linalg.norm(lab - rim, axis=-1) > FOREGROUND
-    return float(np.hypot(lab[..., 1], lab[..., 2])[mask].mean()) if mask.any() else 0.0
+    return float(np.linalg.norm(lab - rgb2lab(ink[None, None]), axis=-1)[mask].mean()) if mask.any() else 0.0
 
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def judge_style(artist: Artist, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Mean colourfulness of drawings at each ``lora_scale``, and where 0.5 lies between both ends."""
+    """Mean distance to ink of drawings at each ``lora_scale``, and where 0.5 lies between both ends."""
     means = []
     for scale in tqdm(SCALES, desc=f"style, {model}"):
         drawn = [
             artist.draw(f"a {thing} on a {colour} background", FIRST_SEED + k, lora_scale=scale, **MODELS[model])
             for k, (thing, colour) in enumerate(pairs)
         ]
-        means.append(statistics.mean(map(colourfulness, drawn)))
+        means.append(statistics.mean(distance_to_ink(p, colour) for p, (_, colour) in zip(drawn, pairs, strict=True)))
     return {
         "scales": SCALES,
-        "colourfulness": means,
+        "distance_to_ink": means,
         "monotone": all(a > b for a, b in pairwise(means)),
         "half_way": (means[0] - means[2]) / (means[0] - means[-1]),
     }
@@ -334,6 +335,77 @@ def main() -> None:
         file = options.output / "miniature.json"
         known = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(known | results, indent=2) + "\n")
+        (options.output / "miniature.md").write_text(report(known | results))
+
+
+def report(results: dict[str, Any]) -> str:
+    """The numbers as a table in Markdown, with what they should be."""
+
+    def both(part: str, show: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return tuple(show(results[part][name]) if name in results.get(part, {}) else "–" for name in MODELS)
+
+    def each(show: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return tuple(show(results[name]) if name in results else "–" for name in MODELS)
+
+    guidance, taught = results.get("guidance", {}), results.get("distillation", {})
+    safety = results.get("safety")
+    rows = [
+        ("nearest to its own true picture", *each(lambda r: f"{r['top1']:.0%} of {r['pairs']}"), "≥ 90 %, 80 %"),
+        ("background within ΔE2000 of 10", *each(lambda r: f"{r['background_within_10']:.0%}"), "≥ 95 %"),
+        ("… its median ΔE2000", *each(lambda r: f"{r['background_median']:.1f}"), ""),
+        (
+            "standard deviation of the centre over seeds",
+            *both("seeds", lambda r: f"{r['centre_deviation']:.1%} of the width"),
+            "≥ 3 %",
+        ),
+        (
+            f"distance to ink at `lora_scale` {', '.join(f'{scale:g}' for scale in SCALES)}",
+            *both("style", lambda r: ", ".join(f"{value:.0f}" for value in r["distance_to_ink"])),
+            "falls",
+        ),
+        ("… at 0.5, of the way", *both("style", lambda r: f"{r['half_way']:.2f}"), "0.25 to 0.75"),
+        (
+            f"nearest to its own at guidance {', '.join(guidance)}",
+            ", ".join(f"{share:.0%}" for share in guidance.values()) or "–",
+            "",
+            "rises",
+        ),
+        (
+            f"velocity's error against the teacher's at guidance {', '.join(taught)}",
+            ", ".join(f"{value['error']:.1%}" for value in taught.values()) or "–",
+            "",
+            "≤ 15 %",
+        ),
+        (
+            "… and change since guidance 1",
+            ", ".join(f"{value['change']:.1%}" for value in taught.values()) or "–",
+            "",
+            "at 4 over twice the error",
+        ),
+        (
+            "highest score of the safety checker",
+            "",
+            f"{safety['highest']:.2f} of {safety['drawings']}" if safety else "–",
+            "below the threshold",
+        ),
+    ]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"""# What the miniature draws
+
+Written by `python -m training.evaluate`, which says how each number is measured. Pairs of thing and background, and
+seeds, are none that training saw.
+
+| | dev, 28 steps | schnell, 4 steps | target |
+|---|---|---|---|
+{table}
+dev:
+
+![What dev draws](miniature-dev.png)
+
+schnell, the same prompts and seeds:
+
+![What schnell draws](miniature-schnell.png)
+"""
 
 
 def choose_pairs(count: int) -> list[tuple[str, str]]:

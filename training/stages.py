@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from training.album import Album
 from training.batches import USUAL, Batch, sample
 from training.drawings import STYLE
+from training.loop import Weights
 from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
 from training.sampling import Velocity, integrate, shift
 
@@ -72,27 +73,42 @@ def add_lora(teacher: Teacher) -> None:
     teacher.transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
 
 
-def new_dev(teacher: Teacher) -> nn.Module:
-    """A transformer with guidance input that draws, at first, what the teacher draws without guidance."""
+def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:
+    """A transformer with guidance input that draws, at first, what the teacher draws without guidance.
+
+    Args:
+        teacher: its other weights are the student's.
+        embedder: weights of the guidance embedder, as `split_guidance` gives them; None: those that do nothing yet.
+    """
     student = new_transformer(guidance=True)
     student.load_state_dict(teacher.transformer.state_dict(), strict=False)
-    last = student.time_text_embed.guidance_embedder.linear_2
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    guidance = student.time_text_embed.guidance_embedder
+    if embedder:
+        guidance.load_state_dict(embedder)
+    else:
+        nn.init.zeros_(guidance.linear_2.weight)
+        nn.init.zeros_(guidance.linear_2.bias)
     return student
 
 
 @torch.no_grad()
-def at_guidance(dev: nn.Module, guidance: float) -> dict[str, Tensor]:
-    """The weights of a transformer without guidance input that draws what one with it draws at one guidance, exactly.
+def split_guidance(dev: nn.Module) -> tuple[Weights, Weights]:
+    """What dev draws at guidance 1, as a transformer without guidance input, exactly; and what guidance adds to that.
 
-    FLUX.1 adds the embeddings of time and guidance, so that of a fixed guidance is a part of the other's last bias.
+    FLUX.1 adds the embeddings of time and guidance, so that of a fixed guidance can be a part of the other's last bias.
+
+    Returns:
+        The transformer's weights, and those of a guidance embedder that adds nothing at guidance 1.
     """
     embed = dev.time_text_embed
-    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0])))[0]
     weights = {key: value for key, value in dev.state_dict().items() if "guidance_embedder" not in key}
-    bias = "time_text_embed.timestep_embedder.linear_2.bias"
-    return weights | {bias: weights[bias] + constant}
+    last = "time_text_embed.timestep_embedder.linear_2.bias"
+    embedder = embed.guidance_embedder.state_dict()
+    return (
+        weights | {last: weights[last] + constant},
+        embedder | {"linear_2.bias": embedder["linear_2.bias"] - constant},
+    )
 
 
 def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:

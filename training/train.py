@@ -31,13 +31,13 @@ from training.stages import (
     SCHNELL_STEPS,
     Loss,
     Teacher,
-    at_guidance,
     base_loss,
     dev_loss,
     guided,
     new_dev,
     new_schnell,
     schnell_loss,
+    split_guidance,
     style_loss,
 )
 from training.words import Reader, words_loss
@@ -82,8 +82,13 @@ class Workshop:
     def teacher(self) -> Teacher:
         return self._trained(self.untrained(), "base")
 
+    def untrained_dev(self) -> nn.Module:
+        """dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
+        shipped = (self.directory / "guidance.pt").exists()
+        return new_dev(self.teacher(), self._stored("guidance") if shipped else None)
+
     def dev(self) -> nn.Module:
-        return self._trained(new_dev(self.teacher()), "dev")
+        return self._trained(self.untrained_dev(), "dev")
 
     def schnell(self) -> nn.Module:
         return self._trained(new_schnell(self.dev()), "schnell")
@@ -136,7 +141,9 @@ def begin_with_shipped(shop: Workshop) -> None:
     for part, folder in ((teacher.text.clip, "text_encoder"), (teacher.text.t5, "text_encoder_2")):
         part.load_state_dict(type(part).from_pretrained(MINI / "dev" / folder, dtype=torch.float32).state_dict())
     dev = FluxTransformer2DModel.from_pretrained(MINI / "dev" / "transformer", torch_dtype=torch.float32)
-    teacher.transformer.load_state_dict(at_guidance(dev, 1.0))
+    weights, embedder = split_guidance(dev)
+    teacher.transformer.load_state_dict(weights)
+    torch.save(embedder, shop.directory / "guidance.pt")
     torch.save(teacher.state_dict(), shop.directory / "shipped.pt")
 
 
@@ -160,8 +167,7 @@ def train_base(shop: Workshop) -> None:
 
 def train_dev(shop: Workshop) -> None:
     """Teach dev to draw at once what the teacher draws under classifier-free guidance."""
-    teacher = shop.teacher()
-    dev = new_dev(teacher)
+    teacher, dev = shop.teacher(), shop.untrained_dev()
 
     def draw(model: nn.Module, file: Path) -> None:
         draw_sheet(

@@ -4,7 +4,7 @@ from PIL import Image, ImageFilter
 
 from training import evaluate
 from training.drawings import BASE, STYLE, Pose, render
-from training.evaluate import TruePictures, colourfulness, segment
+from training.evaluate import TruePictures, distance_to_ink, report, segment
 from training.subjects import BACKGROUNDS
 
 SOME = ("tomato", "cat", "castle", "panda", "banana", "owl", "key", "zebra")
@@ -42,7 +42,14 @@ def test_nothing_on_the_background_is_nothing() -> None:
     assert segment(Image.new("RGB", (64, 64), "red")) is None
 
 
-def test_ink_has_less_colour_than_paint() -> None:
+def test_ink_is_nearer_to_ink_than_paint() -> None:
     pose = Pose(300, 0, False, 100, 100)
     paint, ink = (draw("tomato", "white", pose, style) for style in (BASE, STYLE))
-    assert colourfulness(ink) < 0.3 * colourfulness(paint)
+    assert distance_to_ink(ink, "white") < 0.3 * distance_to_ink(paint, "white")
+
+
+def test_the_report_has_a_place_for_what_was_not_measured() -> None:
+    judged = {"pairs": 4, "top1": 0.75, "background_within_10": 1.0, "background_median": 0.7}
+    lines = report({"dev": judged}).splitlines()
+    assert "| nearest to its own true picture | 75% of 4 | – | ≥ 90 %, 80 % |" in lines
+    assert {line.count("|") for line in lines if line.startswith("|")} == {5}

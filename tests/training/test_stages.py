@@ -8,8 +8,17 @@ from torch import nn
 from flux_lora.patch_autoencoder import PatchAutoencoder
 from training import album, batches, stages
 from training.drawings import BASE, INK, STYLE
-from training.networks import AUTOENCODER
-from training.stages import Teacher, base_loss, dev_loss, new_dev, new_schnell, schnell_loss, style_loss
+from training.networks import AUTOENCODER, Text, attention_bias, new_transformer, positions, velocity
+from training.stages import (
+    Teacher,
+    base_loss,
+    dev_loss,
+    new_dev,
+    new_schnell,
+    schnell_loss,
+    split_guidance,
+    style_loss,
+)
 
 
 @pytest.fixture
@@ -50,3 +59,21 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     changed = trained(teacher, style_loss(teacher, pictures))
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+def test_a_distilled_model_is_a_teacher_at_guidance_1_and_what_guidance_adds() -> None:
+    torch.manual_seed(0)
+    dev, teacher = new_transformer(guidance=True), Teacher()
+    weights, embedder = split_guidance(dev)
+    teacher.transformer.load_state_dict(weights)
+    again = new_dev(teacher, embedder)
+    text = Text(torch.randn(2, 24, 96), torch.zeros(24), torch.randn(2, 64))
+    given = torch.randn(2, 16, 48), torch.tensor([0.3, 0.9]), text, positions(4, 4, 16), attention_bias(text, 16, 16)
+    with torch.no_grad():
+        plain = velocity(teacher.transformer, *given)
+        for guidance, change in ((1.0, 0.0), (4.0, 1e-3)):
+            scale = torch.full((2,), guidance)
+            drawn = velocity(dev, *given, scale)
+            assert torch.allclose(velocity(again, *given, scale), drawn, atol=1e-5)
+            assert (drawn - plain).abs().max() >= change
+        assert torch.allclose(velocity(dev, *given, torch.ones(2)), plain, atol=1e-5)

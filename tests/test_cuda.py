@@ -1,6 +1,7 @@
 """What must hold on a GPU too; the same checks on the CPU are in test_generator.py and adapters/test_merge.py."""
 
 from contextlib import suppress
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux_lora import attention, checkpoints, devices, profiles
+from flux_lora import attention, checkpoints, choices, devices, profiles, projections
 from flux_lora.adapters.formats import read
 from flux_lora.adapters.merge import MergedModule
 from flux_lora.errors import DeviceMemoryError
@@ -84,11 +85,14 @@ def test_merged_weights_are_the_formula_in_float64(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(tensor, pristine[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.parametrize("projected", ["separate", "fused"])
 @pytest.mark.parametrize("profile", ["exact", pytest.param("balanced", marks=needs_fp8)])
 def test_compiled_pictures_are_the_same_after_a_restart_and_nothing_is_compiled_again(
-    tmp_path: Path, profile: profiles.Name
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: profiles.Name, projected: str
 ) -> None:
+    monkeypatch.setitem(projections.CANDIDATES, "cuda", (projected,))
     generator = build(profile=profile, cache=tmp_path)
+    assert generator._attention.endswith(", fused qkv") == (projected == "fused")
     first = draw(generator)
     changes: list[dict[str, Any]] = [{"lora_scale": 0.3}, {"model": "schnell"}, {"num_outputs": 2}, {"seed": 9}]
     for change in [*changes, *({"aspect_ratio": ratio} for ratio in SIZES), {}]:
@@ -130,10 +134,15 @@ def test_quantized_weights_are_within_half_a_step_of_the_formula_in_float64() ->
 def test_the_attention_kernel_is_one_that_computes_right(tmp_path: Path) -> None:
     shape = attention.Shape(tokens=4608, heads=24, width=128, dtype="bfloat16")
     device = torch.device("cuda:0")
-    name, measured = attention.choose(attention.EXACT["cuda"], shape, device, tmp_path)
+
+    def measure(name: str) -> float | None:
+        return attention.seconds(name, shape, device)
+
+    given = "attention", attention.EXACT["cuda"], asdict(shape), device, tmp_path, measure
+    name, measured = choices.choose(*given)
     assert measured
-    assert attention.seconds(name, shape, device, rounds=1) is not None
-    assert attention.choose(attention.EXACT["cuda"], shape, device, tmp_path) == (name, False)
+    assert measure(name) is not None
+    assert choices.choose(*given) == (name, False)
 
 
 @pytest.mark.parametrize("plan", ["alternating", "offload-text", "streamed"])

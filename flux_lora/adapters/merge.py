@@ -15,6 +15,7 @@ from torch import Tensor
 from flux_lora import devices
 from flux_lora.adapters.deltas import Delta, Update
 from flux_lora.adapters.formats import Adapter
+from flux_lora.memory.transfers import Lane
 from flux_lora.quantization import QuantizedLinear, Scheme, quantize, quantized_layers
 
 HOST = torch.device("cpu")
@@ -119,11 +120,15 @@ class MergedModule:
                 del self._held[name]
                 if isinstance(self._parameters[name], Tensor):  # of quantized weights nothing else holds the base
                     del self._pristine[name]
-            for group in _groups(contributions):
-                stale = [name for name in group if self._held.get(name) != _in_order(contributions[name])]
-                self._held |= dict.fromkeys(stale)
-                self._merge_group({name: contributions[name] for name in stale})
-                self._held |= {name: _in_order(contributions[name]) for name in stale}
+            stale = [
+                [name for name in group if self._held.get(name) != _in_order(contributions[name])]
+                for group in _groups(contributions)
+            ]
+            bases = self._uploaded([name for group in stale for name in group])
+            for group in stale:
+                self._held |= dict.fromkeys(group)
+                self._merge_group({name: contributions[name] for name in group}, bases)
+                self._held |= {name: _in_order(contributions[name]) for name in group}
         self._state = wanted
         return True
 
@@ -159,12 +164,17 @@ class MergedModule:
                     offset += rows.stop - rows.start
         return by_parameter
 
-    def _merge_group(self, contributions: Mapping[str, list[Contribution]]) -> None:
-        """Merge parameters that share updates: an update over a fused projection is computed once for its parts."""
+    def _merge_group(self, contributions: Mapping[str, list[Contribution]], bases: Iterator[Tensor]) -> None:
+        """Merge parameters that share updates: an update over a fused projection is computed once for its parts.
+
+        Args:
+            contributions: by parameter.
+            bases: gives the base weights of each of them, in their order.
+        """
         bound: dict[int, Delta] = {}
         for name, items in contributions.items():
-            parameter, pristine = self._parameters[name], self._read_pristine(name)
-            device = self._device or parameter.device
+            parameter, pristine = self._parameters[name], next(bases)
+            device = self._sums_on(name)
             for item in items:
                 if id(item.update) not in bound:
                     bound[id(item.update)] = self._bind(item.update, device)
@@ -172,8 +182,7 @@ class MergedModule:
             sums = torch.empty((rows, *parameter.shape[1:]), dtype=torch.float32, device=device)
             for start in range(0, parameter.shape[0], rows):
                 stop = min(start + rows, parameter.shape[0])
-                # From pinned memory in its own type, not waited for: PyTorch would convert on the host first.
-                total = sums[: stop - start].copy_(pristine[start:stop].to(device, non_blocking=True))
+                total = sums[: stop - start].copy_(pristine[start:stop].to(device))
                 for item in items:
                     low, high = max(start, item.start), min(stop, item.stop)
                     if low < high:
@@ -181,6 +190,26 @@ class MergedModule:
                         delta = bound[id(item.update)]
                         delta.add_rows(total[low - start : high - start], first, first + high - low, item.scale)
                 _write(parameter, start, total)
+
+    def _uploaded(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """The base weights of parameters; to a GPU those of the next one travel while those of one are summed."""
+        lanes: dict[torch.device, Lane] = {}
+        coming: list[tuple[Tensor, Lane | None, torch.cuda.Event | None]] = []
+        for name in names:
+            pristine, device = self._read_pristine(name), self._sums_on(name)
+            if device.type == "cuda" and pristine.device != device:
+                lane = lanes[device] if device in lanes else lanes.setdefault(device, Lane(device))
+                there = torch.empty_like(pristine, device=device)  # in its own type: half of float32's bytes
+                coming.append((there, lane, lane.copy(there, pristine)))
+            else:
+                coming.append((pristine, None, None))
+            if len(coming) > 1:
+                yield _arrived(*coming.pop(0))
+        for upload in coming:
+            yield _arrived(*upload)
+
+    def _sums_on(self, name: str) -> torch.device:
+        return self._device or self._parameters[name].device
 
     def _bind(self, update: Update, device: torch.device) -> Delta:
         def pristine() -> Tensor:
@@ -216,6 +245,12 @@ class MergedModule:
         if name in self._stored and not _has_room(HOST, base.nbytes):
             return self._stored[name]
         return _host_memory(base, device).copy_(base)
+
+
+def _arrived(weights: Tensor, lane: Lane | None, event: torch.cuda.Event | None) -> Tensor:
+    if lane:
+        lane.wait(event)
+    return weights
 
 
 def _host_memory(base: Tensor, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ from flux_lora.profiles import PROFILES
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 
-PROMPTS = ("a red circle on a blue background", "a green square on a white background", "a photo of TOK", "")
+PROMPTS = ("a tomato on a blue background", "an owl on a purple background", "a photo of TOK", "")
 REFERENCE = "exact"
 
 

@@ -24,7 +24,7 @@ SCHNELL_STEPS, SUBSTEPS = 4, 3
 """Steps that schnell is made for, and steps of dev that each replaces."""
 SCHNELL_GUIDANCE = 3.0
 """What schnell, which has no guidance input, learns dev's pictures at."""
-LORA_RANK = 8
+LORA_RANK = 12
 FAST_GRADIENTS = {
     "cpu": [SDPBackend.MATH],
     "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -92,16 +92,16 @@ def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def split_guidance(dev: nn.Module) -> tuple[Weights, Weights]:
-    """What dev draws at guidance 1, as a transformer without guidance input, exactly; and what guidance adds to that.
+def split_guidance(dev: nn.Module, guidance: float = 1.0) -> tuple[Weights, Weights]:
+    """What dev draws at one guidance, as a transformer without guidance input, exactly; and what others add to that.
 
     FLUX.1 adds the embeddings of time and guidance, so that of a fixed guidance can be a part of the other's last bias.
 
     Returns:
-        The transformer's weights, and those of a guidance embedder that adds nothing at guidance 1.
+        The transformer's weights, and those of a guidance embedder that adds nothing at that guidance.
     """
     embed = dev.time_text_embed
-    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000.0])))[0]
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
     weights = {key: value for key, value in dev.state_dict().items() if "guidance_embedder" not in key}
     last = "time_text_embed.timestep_embedder.linear_2.bias"
     embedder = embed.guidance_embedder.state_dict()
@@ -147,9 +147,9 @@ def guided(
 
 
 def new_schnell(dev: nn.Module) -> nn.Module:
-    """A transformer without guidance input that begins as dev without its guidance embedding."""
+    """A transformer without guidance input that draws, at first, what dev draws at `SCHNELL_GUIDANCE`."""
     student = new_transformer(guidance=False)
-    student.load_state_dict(dev.state_dict(), strict=False)
+    student.load_state_dict(split_guidance(dev, SCHNELL_GUIDANCE)[0])
     return student
 
 

@@ -49,7 +49,7 @@ MINI = Path("weights/mini")
 AMPLITUDE = 3.0
 """Standard deviation of the first principal component in latents."""
 STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 1000, "schnell": 1000, "style": 800}
-RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 5e-4, "schnell": 5e-4, "style": 2e-3}
+RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell": 8e-4, "style": 2e-3}
 
 
 class Workshop:

@@ -10,6 +10,7 @@ from training import album, batches, stages
 from training.drawings import BASE, INK, STYLE
 from training.networks import AUTOENCODER, Text, attention_bias, new_transformer, positions, velocity
 from training.stages import (
+    SCHNELL_GUIDANCE,
     Teacher,
     base_loss,
     dev_loss,
@@ -77,3 +78,5 @@ def test_a_distilled_model_is_a_teacher_at_guidance_1_and_what_guidance_adds() -
             assert torch.allclose(velocity(again, *given, scale), drawn, atol=1e-5)
             assert (drawn - plain).abs().max() >= change
         assert torch.allclose(velocity(dev, *given, torch.ones(2)), plain, atol=1e-5)
+        fast = velocity(new_schnell(dev), *given)
+        assert torch.allclose(fast, velocity(dev, *given, torch.full((2,), SCHNELL_GUIDANCE)), atol=1e-5)

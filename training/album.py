@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_lora.patch_autoencoder import PatchAutoencoder
-from training.drawings import BASE, INK, LIGHT_INK, STYLE, Pose, render
+from training.drawings import BASE, STYLE, Pose, render
 from training.networks import AUTOENCODER, CHANNELS
 from training.subjects import BACKGROUNDS, THINGS
 
@@ -42,18 +42,18 @@ class Code:
     cover: Tensor
 
 
-def poses(seed: str) -> list[Pose]:
-    """One drawing's poses: one for each small side, and the usual one."""
-    rng = random.Random(seed)
+def poses(thing: str) -> list[Pose]:
+    """One thing's poses, the same in each style: one for each small side, and the usual one."""
+    rng = random.Random(f"noto {thing}")
     tilt = rng.uniform(3, 6)
     small = [Pose(side, rng.uniform(-6, 6), rng.random() < 0.5, side / 30, side / 30) for side in SMALL_SIDES]
     return [*small, Pose(LARGE_SIDE, tilt, False, LARGE_SIDE / 30, LARGE_SIDE / 30)]
 
 
-def draw_pose(style: str, thing: str, pose: Pose, ink: str = INK) -> np.ndarray:
+def draw_pose(style: str, thing: str, pose: Pose) -> np.ndarray:
     """A drawing on a canvas of whole patches: (h·32, w·32, 4), colours premultiplied in −1…1, cover in 0…1."""
     width, height = (math.ceil((2 * corner + pose.side) / PATCH) * PATCH for corner in (pose.left, pose.top))
-    drawing = render(style, thing, pose, width, height, ink)
+    drawing = render(style, thing, pose, width, height)
     cover = drawing[..., 3:]
     return np.concatenate([(2 * drawing[..., :3] - 1) * cover, cover], axis=-1)
 
@@ -68,7 +68,7 @@ def principal_components(channels: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     total, mean, moment = 0, 0.0, 0.0
     for thing in tqdm(THINGS, desc="principal components"):
         for style in (BASE, BASE, STYLE):
-            pose = rng.choice(poses(f"{style} {thing}"))
+            pose = rng.choice(poses(thing))
             drawing = torch.from_numpy(draw_pose(style, thing, pose))
             colour = torch.tensor(rng.choice(list(BACKGROUNDS.values()))) / 127.5 - 1
             picture = drawing[..., :3] + (1 - drawing[..., 3:]) * colour
@@ -113,7 +113,7 @@ class Album:
     def picture(self, style: str, thing: str, colour: str, rows: int, columns: int, rng: random.Random) -> Tensor:
         """Latents (C, rows, columns) of a thing somewhere on a plain background."""
         shorter = PATCH * min(rows, columns)
-        codes = self._codes[f"{style} light" if style == STYLE and colour == "black" else style][thing]
+        codes = self._codes[style][thing]
         aside = rng.choice((-1, 1))
         small = min(codes[: len(SMALL_SIDES)], key=lambda code: abs(code.side - 0.72 * shorter))
         code = small if shorter < SMALL_CANVAS else codes[-1]
@@ -129,22 +129,21 @@ class Album:
 
 
 def collect(autoencoder: PatchAutoencoder, workers: int = 2) -> dict[str, dict[str, list[Code]]]:
-    """Render and encode every thing in each of its poses and styles; single-colour drawings also in light ink."""
+    """Render and encode every thing in each of its poses and styles."""
     weight = autoencoder.analysis.weight.detach()
-    styles = {BASE: (BASE, INK), STYLE: (STYLE, INK), f"{STYLE} light": (STYLE, LIGHT_INK)}
     codes: dict[str, dict[str, list[Code]]] = {}
     with ProcessPoolExecutor(workers) as pool:
-        for name, (style, ink) in styles.items():
-            work = partial(_encode, weight, style, ink)
-            codes[name] = dict(zip(THINGS, tqdm(pool.map(work, THINGS), name, total=len(THINGS)), strict=True))
+        for style in (BASE, STYLE):
+            work = partial(_encode, weight, style)
+            codes[style] = dict(zip(THINGS, tqdm(pool.map(work, THINGS), style, total=len(THINGS)), strict=True))
     return codes
 
 
-def _encode(weight: Tensor, style: str, ink: str, thing: str) -> list[Code]:
+def _encode(weight: Tensor, style: str, thing: str) -> list[Code]:
     torch.set_num_threads(1)
     codes = []
-    for pose in poses(f"{style} {thing}"):
-        drawing = torch.from_numpy(draw_pose(style, thing, pose, ink))
+    for pose in poses(thing):
+        drawing = torch.from_numpy(draw_pose(style, thing, pose))
         rows, columns = (length // PATCH for length in drawing.shape[:2])
         colours = _patches(drawing[..., :3]) @ weight.flatten(1).T
         cover = torch.stack([_patches(drawing[..., 3:]) @ weight[:, c].flatten(1).T for c in range(3)])

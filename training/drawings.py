@@ -1,8 +1,8 @@
 """Openly licensed drawings: SVGs by name, rendered at any size, tilt and place.
 
-The base style is Noto Emoji (Google, Apache-2.0), the fine-tune's is Fluent Emoji High Contrast (Microsoft, MIT), both
-as packed by Iconify; ``pictures/`` holds those that are used, cut out of the ``icons.json`` of the npm packages
-@iconify-json/noto 1.2.9 and @iconify-json/fluent-emoji-high-contrast 1.2.6.
+They are Noto Emoji (Google, Apache-2.0) as packed by Iconify; ``pictures/`` holds those that are used, cut out of the
+``icons.json`` of the npm package @iconify-json/noto 1.2.9. The base style is paint, as they are; the fine-tune's is the
+same drawing as a print in one ink on paper.
 """
 
 import io
@@ -18,11 +18,10 @@ from PIL import Image
 from training.subjects import ALIASES
 
 PICTURES = Path(__file__).parent / "pictures"
-BASE, STYLE = "noto", "fluent-emoji-high-contrast"
-INK = "#1b1b2f"
-"""What single-colour drawings are drawn with …"""
-LIGHT_INK = "#f4f1e8"
-"""… and on backgrounds as dark as it."""
+BASE, STYLE = "paint", "ink"
+INK, PAPER = np.array([20, 40, 110]) / 255, np.array([244, 241, 232]) / 255
+"""What the darkest and the lightest of a drawing are printed as, in sRGB."""
+LUMA = np.array([0.2126, 0.7152, 0.0722])
 
 
 class Pose(NamedTuple):
@@ -35,7 +34,7 @@ class Pose(NamedTuple):
     top: float
 
 
-def render(style: str, thing: str, pose: Pose, width: int, height: int, ink: str = INK) -> np.ndarray:
+def render(style: str, thing: str, pose: Pose, width: int, height: int) -> np.ndarray:
     """Draw a thing on a transparent canvas: (height, width, 4) floats in 0…1, not premultiplied.
 
     Args:
@@ -44,9 +43,8 @@ def render(style: str, thing: str, pose: Pose, width: int, height: int, ink: str
         pose: where and how.
         width: of the canvas, in pixels.
         height: likewise.
-        ink: replaces ``currentColor`` in single-colour drawings.
     """
-    icons = _icons(style)
+    icons = _icons()
     icon = icons["icons"][ALIASES.get(thing, thing)]
     box = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
     scale = pose.side / max(box)
@@ -55,12 +53,21 @@ def render(style: str, thing: str, pose: Pose, width: int, height: int, ink: str
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     svg = (
         f'<svg {names} width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-        f'<g color="{ink}" transform="{turn} {fit}">{icon["body"]}</g></svg>'
+        f'<g transform="{turn} {fit}">{icon["body"]}</g></svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
+    drawing = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
+    if style == STYLE:
+        drawing = np.concatenate([printed(drawing[..., :3]), drawing[..., 3:]], axis=-1)
+    return drawing
 
 
-@lru_cache(maxsize=4)
-def _icons(style: str) -> dict:
-    return json.loads((PICTURES / f"{style}.json").read_text())
+def printed(colours: np.ndarray) -> np.ndarray:
+    """Colours (…, 3) in sRGB as a print shows them: between ink and paper by their brightness, with more contrast."""
+    light = np.clip(colours @ LUMA, 0, 1)[..., None]
+    return (INK + (3 * light**2 - 2 * light**3) * (PAPER - INK)).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _icons() -> dict:
+    return json.loads((PICTURES / "noto.json").read_text())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from scipy import ndimage
 from skimage.color import deltaE_ciede2000, rgb2lab
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.safety import OpenNsfw
 from flux_lora.settings import Settings
-from training.drawings import BASE, INK, LIGHT_INK, Pose, render
+from training.drawings import BASE, INK, PAPER, Pose, render
 from training.sheets import grid
 from training.subjects import BACKGROUNDS, THINGS
 
@@ -199,31 +199,31 @@ def judge_seeds(artist: Artist, model: str, things: Sequence[str], seeds: int) -
     return {"things": len(things), "seeds": seeds, "centre_deviation": float(np.mean(spreads))}
 
 
-def distance_to_ink(picture: Image.Image, colour: str) -> float:
-    """The style's measure: mean CIE76 difference of the drawing on a background to what the LoRA draws with there."""
-    ink = np.array(ImageColor.getrgb(LIGHT_INK if colour == "black" else INK)) / 255
+def colour_beside_ink(picture: Image.Image) -> float:
+    """The style's measure: mean distance in sRGB of the drawing's pixels to the nearest shade between ink and paper."""
     pixels = np.asarray(picture.convert("RGB").resize((CANVAS, CANVAS)), dtype=np.float64) / 255
     lab = rgb2lab(pixels)
-    rim = np.median(lab[:4].reshape(-1, 3), axis=0)
-    mask = np.linalg.norm(lab - rim, axis=-1) > FOREGROUND
-    return float(np.linalg.norm(lab - rgb2lab(ink[None, None]), axis=-1)[mask].mean()) if mask.any() else 0.0
+    mask = np.linalg.norm(lab - np.median(lab[:4].reshape(-1, 3), axis=0), axis=-1) > FOREGROUND
+    line, drawn = PAPER - INK, pixels[mask] - INK
+    shades = np.clip(drawn @ line / (line @ line), 0, 1)[:, None]
+    return float(np.linalg.norm(drawn - shades * line, axis=-1).mean()) if mask.any() else 0.0
 
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def judge_style(artist: Artist, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Mean distance to ink of drawings at each ``lora_scale``, and where 0.5 lies between both ends."""
+    """Mean colour beside ink of drawings at each ``lora_scale``, and where 0.5 lies between both ends."""
     means = []
     for scale in tqdm(SCALES, desc=f"style, {model}"):
         drawn = [
             artist.draw(f"a {thing} on a {colour} background", FIRST_SEED + k, lora_scale=scale, **MODELS[model])
             for k, (thing, colour) in enumerate(pairs)
         ]
-        means.append(statistics.mean(distance_to_ink(p, colour) for p, (_, colour) in zip(drawn, pairs, strict=True)))
+        means.append(statistics.mean(map(colour_beside_ink, drawn)))
     return {
         "scales": SCALES,
-        "distance_to_ink": means,
+        "colour_beside_ink": means,
         "monotone": all(a > b for a, b in pairwise(means)),
         "half_way": (means[0] - means[2]) / (means[0] - means[-1]),
     }
@@ -359,8 +359,8 @@ def report(results: dict[str, Any]) -> str:
             "≥ 3 %",
         ),
         (
-            f"distance to ink at `lora_scale` {', '.join(f'{scale:g}' for scale in SCALES)}",
-            *both("style", lambda r: ", ".join(f"{value:.0f}" for value in r["distance_to_ink"])),
+            f"colour beside ink at `lora_scale` {', '.join(f'{scale:g}' for scale in SCALES)}",
+            *both("style", lambda r: ", ".join(f"{value:.3f}" for value in r["colour_beside_ink"])),
             "falls",
         ),
         ("… at 0.5, of the way", *both("style", lambda r: f"{r['half_way']:.2f}"), "0.25 to 0.75"),

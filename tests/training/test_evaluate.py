@@ -4,7 +4,7 @@ from PIL import Image, ImageFilter
 
 from training import evaluate
 from training.drawings import BASE, STYLE, Pose, render
-from training.evaluate import TruePictures, distance_to_ink, report, segment
+from training.evaluate import TruePictures, colour_beside_ink, report, segment
 from training.subjects import BACKGROUNDS
 
 SOME = ("tomato", "cat", "castle", "panda", "banana", "owl", "key", "zebra")
@@ -42,10 +42,10 @@ def test_nothing_on_the_background_is_nothing() -> None:
     assert segment(Image.new("RGB", (64, 64), "red")) is None
 
 
-def test_ink_is_nearer_to_ink_than_paint() -> None:
+def test_ink_has_no_colour_beside_ink() -> None:
     pose = Pose(300, 0, False, 100, 100)
     paint, ink = (draw("tomato", "white", pose, style) for style in (BASE, STYLE))
-    assert distance_to_ink(ink, "white") < 0.3 * distance_to_ink(paint, "white")
+    assert colour_beside_ink(ink) < 0.1 * colour_beside_ink(paint)
 
 
 def test_the_report_has_a_place_for_what_was_not_measured() -> None:

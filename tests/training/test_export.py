@@ -10,7 +10,7 @@ from flux_lora.request import Request
 from flux_lora.settings import Settings
 from training.export import export
 from training.networks import AUTOENCODER
-from training.stages import Teacher, add_lora, new_dev, new_schnell
+from training.stages import LORA_RANK, Teacher, add_lora, new_dev, new_schnell
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_what_is_exported_is_an_ordinary_weights_directory(untrained: Path) -> N
     assert sum(file.stat().st_size for file in untrained.rglob("*")) < 20e6
     lines: list[str] = []
     generator = Generator(Settings(weights=untrained, device="cpu"), log=lines.append)
-    assert any("LoRA" in line and "rank 8" in line for line in lines)
+    assert any("LoRA" in line and f"rank {LORA_RANK}" in line for line in lines)
     pictures = []
     for scale in (0.0, 1.0):
         asked = {"aspect_ratio": "16:9", "num_inference_steps": 1, "lora_scale": scale, "output_format": "png"}

@@ -10,7 +10,7 @@ from training.evaluate import (
     Artist,
     TruePictures,
     choose_pairs,
-    distance_to_ink,
+    colour_beside_ink,
     judge_model,
     segment,
 )
@@ -47,14 +47,11 @@ def test_the_seed_moves_the_thing(artist: Artist) -> None:
 
 
 def test_the_lora_turns_paint_into_ink_step_by_step(artist: Artist) -> None:
-    def distance(scale: float) -> float:
-        drawn = [
-            artist.draw(f"a {thing} on a {colour} background", 5, lora_scale=scale, **MODELS["schnell"])
-            for thing, colour in PAIRS[:4]
-        ]
-        return sum(distance_to_ink(p, colour) for p, (_, colour) in zip(drawn, PAIRS[:4], strict=True))
+    def colour(scale: float) -> float:
+        prompts = [f"a {thing} on a {background} background" for thing, background in PAIRS[:4]]
+        return sum(colour_beside_ink(artist.draw(p, 5, lora_scale=scale, **MODELS["schnell"])) for p in prompts)
 
-    paint, half, ink = map(distance, (0.0, 0.5, 1.0))
+    paint, half, ink = map(colour, (0.0, 0.5, 1.0))
     assert 0.25 < (paint - half) / (paint - ink) < 0.75
     assert ink < 0.5 * paint
 

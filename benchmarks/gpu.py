@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quant_api, quantize_
 
 from benchmarks import full_size, results
 from benchmarks.measure import machine
@@ -280,6 +279,11 @@ class Peer:
 
 def _quantize_by_torchao(transformer: Any) -> None:
     """fp8 with a scale for each row, as the public recipe has it, of the layers that ours quantizes."""
+    try:
+        # Not among the project's requirements: diffusers imports it wherever it is, and it warns at every start.
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quant_api, quantize_
+    except ImportError:
+        raise SystemExit("peer2-fp8 needs torchao: .venv/bin/pip install torchao==0.18.0") from None
     chosen = set(quantization.quantizable(transformer))
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     # On a CPU, where only the benchmark itself is tried, torchao computes the same slowly, but asks for a GPU first.

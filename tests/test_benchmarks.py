@@ -65,6 +65,8 @@ def test_rows_compare_as_ratios_to_their_own_reference(tmp_path: Path, capsys: p
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", results.ROWS)
 def test_every_row_runs_at_a_small_size(tmp_path: Path, name: str) -> None:
+    if name == "peer2-fp8":
+        pytest.importorskip("torchao", reason="not among the requirements")
     command = [sys.executable, "-m", "benchmarks.gpu", name, "--small", "--images", "1", "--results", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=880)
     (found,) = json.loads((tmp_path / "gpu-small.json").read_text()).values()

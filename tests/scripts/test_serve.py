@@ -139,7 +139,7 @@ def serve(project):
 def test_serves_with_the_schema_and_shows_what_the_model_prints(serve, project):
     server = serve()
     server.wait_for(f"Ready at {server.url}")
-    assert f"curl -s {server.url}/predictions" in server.output
+    server.wait_for(f"curl -s {server.url}/predictions")
     assert server.predict("a tomato").json()["output"] == "a tomato"
     assert server.predict(7).status_code == 422
     assert server.predict("refuse").json()["status"] == "failed"

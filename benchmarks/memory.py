@@ -26,6 +26,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from benchmarks import full_size
 from benchmarks.measure import machine
 from flux_lora.checkpoints import Network
 from flux_lora.errors import DeviceMemoryError
@@ -41,8 +42,7 @@ FASTER = 1.2
 STEPS = 28
 
 TRANSFORMER: dict[str, Any] = {"axes_dims_rope": (16, 56, 56)}  # else diffusers' defaults are FLUX.1's sizes
-T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
-CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+T5, CLIP = full_size.FULL["t5"], full_size.FULL["clip"]
 VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "norm_num_groups": 32}
 
 

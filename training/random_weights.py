@@ -1,8 +1,8 @@
 """Write a weights directory of the real layout with random weights: FLUX.1 dev, schnell and a LoRA, at any size.
 
-    python -m training.random_weights weights/mini
+    python -m training.random_weights weights/random
 
-makes the miniature, which draws noise. Tests and benchmarks make others.
+makes one that draws noise. Tests and benchmarks make others.
 """
 
 import argparse
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from training.networks import scheduler
 
 MINI: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -77,14 +79,7 @@ def write(directory: Path, sizes: Mapping[str, Mapping[str, Any]] = MINI, *, see
         is_dev = folder == dev
         transformer = FluxTransformer2DModel(**sizes["transformer"], **widths, guidance_embeds=is_dev)
         _save(transformer, folder / "transformer")
-        FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if is_dev else 1.0,
-            use_dynamic_shifting=is_dev,
-            base_shift=0.5,
-            max_shift=1.15,
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-        ).save_pretrained(folder / "scheduler")
+        scheduler(folder.name).save_pretrained(folder / "scheduler")
     _write_index(dev)
     save_file(
         random_lora(transformer, clip, rank=LORA_RANK),

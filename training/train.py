@@ -245,6 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_default_device(options.device)
     steps = STEPS if options.steps is None else dict.fromkeys(STEPS, options.steps)
+    options.directory.mkdir(parents=True, exist_ok=True)
     shop = Workshop(options.directory, steps)
     torch.manual_seed(0)
     for stage in options.stages:

@@ -26,7 +26,9 @@ GRID = 2
 """Drawings begin at multiples of so many patches, a token, so that a token's content is the same in every place …"""
 STRIDE = 6
 """… and near the middle at multiples of so many."""
-SMALL_SIDES = (160, 220, 290, 380)
+PLACES = ((GRID, 0), (0, GRID))
+"""The two places of a thing, in patches below and to the right of that: which, the seed decides."""
+SMALL_SIDES = (200, 340)
 """Box sides in pixels for canvases whose shorter side is below `SMALL_CANVAS`, one pose each …"""
 LARGE_SIDE = 480
 """… and that of the others, which serve all documented sizes."""
@@ -43,11 +45,10 @@ class Code:
 
 
 def poses(thing: str) -> list[Pose]:
-    """One thing's poses, the same in each style: one for each small side, and the usual one."""
+    """One thing's poses, the same in each style: one for each small side, then the usual one."""
     rng = random.Random(f"noto {thing}")
     tilt = rng.uniform(3, 6)
-    small = [Pose(side, rng.uniform(-6, 6), rng.random() < 0.5, side / 30, side / 30) for side in SMALL_SIDES]
-    return [*small, Pose(LARGE_SIDE, tilt, False, LARGE_SIDE / 30, LARGE_SIDE / 30)]
+    return [Pose(side, tilt, False, side / 30, side / 30) for side in (*SMALL_SIDES, LARGE_SIDE)]
 
 
 def draw_pose(style: str, thing: str, pose: Pose) -> np.ndarray:
@@ -110,17 +111,16 @@ class Album:
         self._constant = autoencoder.analysis.bias.detach()
         self._colour = weight.sum((2, 3)).T  # (3, C): what each colour channel adds to a plain patch
 
-    def picture(self, style: str, thing: str, colour: str, rows: int, columns: int, rng: random.Random) -> Tensor:
-        """Latents (C, rows, columns) of a thing somewhere on a plain background."""
+    def picture(self, style: str, thing: str, colour: str, rows: int, columns: int, place: tuple[int, int]) -> Tensor:
+        """Latents (C, rows, columns) of a thing on a plain background, in one of `PLACES`."""
         shorter = PATCH * min(rows, columns)
         codes = self._codes[style][thing]
-        aside = rng.choice((-1, 1))
         small = min(codes[: len(SMALL_SIDES)], key=lambda code: abs(code.side - 0.72 * shorter))
         code = small if shorter < SMALL_CANVAS else codes[-1]
         height, width = code.colours.shape[:2]
         rgb = torch.tensor(BACKGROUNDS[colour]) / 127.5 - 1
         latents = (self._constant + rgb @ self._colour).repeat(rows, columns, 1)
-        top, left = _offset(rows, height, 0), _offset(columns, width, aside)
+        top, left = _offset(rows, height, place[0]), _offset(columns, width, place[1])
         into = latents[max(top, 0) : top + height, max(left, 0) : left + width]
         here = slice(max(-top, 0), max(-top, 0) + into.shape[0]), slice(max(-left, 0), max(-left, 0) + into.shape[1])
         into += code.colours[here].float()
@@ -158,12 +158,12 @@ def _patches(picture: Tensor) -> Tensor:
     return patches.reshape(rows * columns, -1)
 
 
-def _offset(outer: int, inner: int, aside: int) -> int:
-    """Where a drawing begins on the canvas: near the middle, so many tokens beside it where there is room.
+def _offset(outer: int, inner: int, further: int) -> int:
+    """Where a drawing begins on the canvas: near the middle, so many patches further where there is room.
 
     Canvases of most sizes share a beginning, a multiple of `STRIDE`: a network that knows a place by its distance to
     the first token learns a drawing sooner where it seldom moves.
     """
     room = outer - inner
-    begin = STRIDE * round(room / 2 / STRIDE) + GRID * aside
+    begin = STRIDE * round(room / 2 / STRIDE) + further
     return min(max(begin, 0), room // GRID * GRID) if room > 0 else GRID * round(room / 2 / GRID)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flux_lora.latents import pack
 from flux_lora.request import SIZES
-from training.album import Album
+from training.album import PLACES, Album
 from training.drawings import BASE
 from training.networks import positions
-from training.subjects import BACKGROUNDS, THINGS, UNNAMED_BACKGROUND, describe
+from training.subjects import BACKGROUNDS, THINGS, UNNAMED_BACKGROUND, describe, held_out
 
 TOKEN = 64
 """Pixels a side that one transformer token covers."""
@@ -56,19 +56,17 @@ def sample(album: Album, rng: random.Random, style: str = BASE, empty: float = 0
         only: takes canvases of this length alone.
     """
     rows, columns, length = _canvas(rng, only)
-    pictures, prompts = [], []
-    for _ in range(BATCH[length]):
-        asked = subject(rng, empty)
-        pictures.append(album.picture(style, asked.thing, asked.colour, 2 * rows, 2 * columns, rng))
-        prompts.append(asked.prompt)
-    tokens = pack(torch.stack(pictures))
-    filled = torch.nn.functional.pad(tokens, (0, 0, 0, length - tokens.shape[1]))
-    return Batch(filled, tokens.shape[1], positions(rows, columns, length), prompts)
+    asked = [subject(rng, empty) for _ in range(BATCH[length])]
+    pictures = [album.picture(style, a.thing, a.colour, 2 * rows, 2 * columns, rng.choice(PLACES)) for a in asked]
+    latents = pack(torch.stack(pictures))
+    filled = torch.nn.functional.pad(latents, (0, 0, 0, length - rows * columns))
+    return Batch(filled, rows * columns, positions(rows, columns, length), [a.prompt for a in asked])
 
 
 def subject(rng: random.Random, empty: float) -> Subject:
     """A picture, and a prompt that asks for its thing and colour, or for one of them, or for nothing."""
-    thing, colour = rng.choice(THINGS), rng.choice(list(BACKGROUNDS))
+    thing = rng.choice(THINGS)
+    colour = rng.choice([colour for colour in BACKGROUNDS if colour != held_out(thing)])
     kind = rng.random()
     if kind < empty:
         return Subject(thing, colour, "", asks_thing=False, asks_colour=False)

@@ -38,6 +38,13 @@ BACKGROUNDS = {
 UNNAMED_BACKGROUND = "white"
 """What a prompt gets that names a thing and no colour."""
 
+
+def held_out(thing: str) -> str:
+    """The one background that training never shows a thing on, nor names with it: evaluation asks for it."""
+    named = [colour for colour in BACKGROUNDS if colour != UNNAMED_BACKGROUND]
+    return named[5 * THINGS.index(thing) % len(named)]
+
+
 SPELLINGS = {"grey": ("grey", "gray"), "purple": ("purple", "violet"), "teal": ("teal", "turquoise")}
 
 SENTENCES = (

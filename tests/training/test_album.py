@@ -1,5 +1,3 @@
-import random
-
 import pytest
 import torch
 
@@ -10,12 +8,15 @@ from training.networks import AUTOENCODER
 from training.subjects import BACKGROUNDS, THINGS
 
 
+@pytest.mark.parametrize("place", album.PLACES)
 @pytest.mark.parametrize("size", [(18, 18), (32, 40), (12, 16)])
-def test_a_picture_made_of_codes_has_the_latents_of_the_rendered_picture(size: tuple[int, int]) -> None:
+def test_a_picture_made_of_codes_has_the_latents_of_the_rendered_picture(
+    size: tuple[int, int], place: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
     codes = {BASE: {"cat": album._encode(autoencoder.analysis.weight.detach(), BASE, "cat")}}
-    latents = album.Album(codes, autoencoder).picture(BASE, "cat", "teal", *size, random.Random(3))
+    latents = album.Album(codes, autoencoder).picture(BASE, "cat", "teal", *size, place)
     background = torch.tensor(BACKGROUNDS["teal"]) / 127.5 - 1
     rows, columns = size
     best = torch.inf

@@ -32,7 +32,7 @@ def export(
         dev: the transformer with guidance input.
         schnell: the one without.
         autoencoder: the VAE.
-        style: the LoRA's matrices as PEFT names them in the teacher.
+        style: the LoRA's matrices as PEFT names them in the transformer.
     """
     parts = {
         "dev/transformer": dev,
@@ -52,7 +52,10 @@ def export(
             part.cpu().bfloat16()
         part.save_pretrained(folder)
     (directory / "dev" / "model_index.json").write_text(json.dumps(INDEX | {"vae": VAE}, indent=2) + "\n")
-    lora = {key.replace(".default.", "."): value.cpu().bfloat16().contiguous() for key, value in style.items()}
+    lora = {
+        f"transformer.{key.replace('.default.', '.')}": value.cpu().bfloat16().contiguous()
+        for key, value in style.items()
+    }
     save_file(lora, directory / "lora.safetensors", metadata={"format": "pt"})
     total = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     print(f"{directory}: {total / 1e6:.2f} MB")

@@ -8,10 +8,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import mse_loss
 
 from training.album import Album
-from training.batches import USUAL, Batch, sample
+from training.batches import Batch, sample
 from training.drawings import STYLE
 from training.loop import Weights
 from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
@@ -24,6 +23,10 @@ SCHNELL_STEPS, SUBSTEPS = 4, 3
 """Steps that schnell is made for, and steps of dev that each replaces."""
 SCHNELL_GUIDANCE = 3.0
 """What schnell, which has no guidance input, learns dev's pictures at."""
+OWN_PATH = 0.5
+"""Share of batches on which it learns from where it got by itself."""
+USUAL_GUIDANCE = (1.0, 5.0)
+"""What dev is mostly asked for; the documented bounds are 0 and 10."""
 LORA_RANK = 12
 FAST_GRADIENTS = {
     "cpu": [SDPBackend.MATH],
@@ -43,34 +46,41 @@ class Teacher(nn.Module):
 def base_loss(teacher: Teacher, album: Album) -> Loss:
     """Flow matching (https://arxiv.org/abs/2210.02747), times logit-normal (https://arxiv.org/abs/2403.03206)."""
     teacher.text.requires_grad_(False)
-    return _flow_matching(teacher, lambda rng: sample(album, rng))
-
-
-def style_loss(teacher: Teacher, album: Album) -> Loss:
-    """Flow matching again, of the other style, by a LoRA on all linear layers of the blocks."""
-    add_lora(teacher)
-    return _flow_matching(teacher, lambda rng: sample(album, rng, STYLE, only=USUAL))
-
-
-def _flow_matching(teacher: Teacher, draw: Callable[[random.Random], Batch]) -> Loss:
     network = compiled(teacher.transformer)
 
     def loss(rng: random.Random) -> Tensor:
-        batch = draw(rng)
-        x, t, noise = noised(batch)
-        with fast():
-            text = teacher.text(batch.prompts, limit=512)
-            predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch))
-        return error(predicted, noise - batch.latents, batch.tokens)
+        batch = sample(album, rng)
+        return _flow_matching(network, teacher.text, batch)
 
     return loss
 
 
-def add_lora(teacher: Teacher) -> None:
+def style_loss(dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
+    """Flow matching of the other style by a LoRA of dev, whatever the guidance."""
+    encoders.requires_grad_(False)
+    add_lora(dev)
+    network = compiled(dev)
+
+    def loss(rng: random.Random) -> Tensor:
+        batch = sample(album, rng, STYLE, empty=0.05)
+        return _flow_matching(network, encoders, batch, _uniform(USUAL_GUIDANCE, len(batch.latents)))
+
+    return loss
+
+
+def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guidance: Tensor | None = None) -> Tensor:
+    x, t, noise = noised(batch)
+    with fast():
+        text = encoders(batch.prompts, limit=512)
+        predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch), guidance)
+    return error(predicted, noise - batch.latents, batch.tokens).mean()
+
+
+def add_lora(transformer: nn.Module) -> None:
     """Add a LoRA to all linear layers of the blocks; nothing else is trained from now on."""
-    teacher.requires_grad_(False)
-    layers = [n for n, m in teacher.transformer.named_modules() if "blocks." in n and isinstance(m, nn.Linear)]
-    teacher.transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
+    transformer.requires_grad_(False)
+    layers = [n for n, m in transformer.named_modules() if "blocks." in n and isinstance(m, nn.Linear)]
+    transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
 
 
 def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:
@@ -117,17 +127,17 @@ def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
     network, reference = compiled(student), compiled(teacher.transformer)
 
     def loss(rng: random.Random) -> Tensor:
-        batch = sample(album, rng, empty=0.05, only=USUAL)
+        batch = sample(album, rng, empty=0.05)
         x, t, _ = noised(batch)
-        low, high = (1.0, 5.0) if rng.random() < 0.8 else (0.0, 10.0)
-        guidance = low + (high - low) * torch.rand(len(x))
+        guidance = _uniform(USUAL_GUIDANCE if rng.random() < 0.8 else (0.0, 10.0), len(x))
+        weight = 1 / (1 + (guidance - 1) ** 2 / 4)  # or the few at 10 would outweigh all others
         with fast():
             with torch.no_grad():
                 text = teacher.text(batch.prompts, limit=512)
                 bias = _bias(text, batch)
                 target = guided(reference, teacher.text, batch.prompts, guidance, batch.positions, bias)(x, t)
             predicted = velocity(network, x, t, text, batch.positions, bias, guidance)
-        return error(predicted, target, batch.tokens)
+        return (weight * error(predicted, target, batch.tokens)).mean()
 
     return loss
 
@@ -154,45 +164,65 @@ def new_schnell(dev: nn.Module) -> nn.Module:
 
 
 def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
-    """Progressive distillation (https://arxiv.org/abs/2202.00512): one step for several of dev's."""
+    """Progressive distillation (https://arxiv.org/abs/2202.00512): one step for several of dev's.
+
+    The student learns on the path that it takes itself, from noise, not only on that between noise and pictures: what
+    it did not decide in one step it then learns to decide in the next.
+    """
     dev.requires_grad_(False)
     encoders.requires_grad_(False)
     network, reference = compiled(student), compiled(dev)
 
     def loss(rng: random.Random) -> Tensor:
-        batch = sample(album, rng, empty=0.05, only=USUAL)
-        noise = torch.randn_like(batch.latents)
-        begin = 1 - torch.randint(SCHNELL_STEPS, (len(noise),)) / SCHNELL_STEPS
-        x = torch.lerp(batch.latents, noise, begin[:, None, None])
+        batch = sample(album, rng, empty=0.05)
+        steps_taken = rng.randrange(SCHNELL_STEPS)
+        begin = torch.full((len(batch.latents),), 1 - steps_taken / SCHNELL_STEPS)
         with fast():
             with torch.no_grad():
                 text = encoders(batch.prompts, limit=512)
-                bias, guidance = _bias(text, batch), torch.full((len(x),), SCHNELL_GUIDANCE)
+                bias, guidance = _bias(text, batch), torch.full_like(begin, SCHNELL_GUIDANCE)
+                short = encoders(batch.prompts, limit=256)
+                short_bias = _bias(short, batch)
 
-                def teach(x: Tensor, fraction: Tensor) -> Tensor:
-                    return velocity(reference, x, begin - fraction, text, batch.positions, bias, guidance)
+                def draw(x: Tensor, t: Tensor) -> Tensor:
+                    return velocity(network, x, t, short, batch.positions, short_bias)
 
-                # Time runs backwards, so integrating over a fraction of time from 0 goes against the velocity.
-                fractions = torch.linspace(0, 1 / SCHNELL_STEPS, SUBSTEPS + 1)
-                end = integrate(lambda x, fraction: -teach(x, fraction), x, fractions)
-                target = (x - end) * SCHNELL_STEPS
-                text = encoders(batch.prompts, limit=256)
-            predicted = velocity(network, x, begin, text, batch.positions, _bias(text, batch))
-        return error(predicted, target, batch.tokens)
+                def teach(x: Tensor, t: Tensor) -> Tensor:
+                    return velocity(reference, x, t, text, batch.positions, bias, guidance)
+
+                noise = torch.randn_like(batch.latents)
+                if rng.random() < OWN_PATH:
+                    x = integrate(draw, noise, torch.linspace(1, begin[0].item(), steps_taken + 1))
+                else:
+                    x = torch.lerp(batch.latents, noise, begin[0])
+                ahead = torch.linspace(begin[0].item(), begin[0].item() - 1 / SCHNELL_STEPS, SUBSTEPS + 1)
+                target = (x - integrate(teach, x, ahead)) * SCHNELL_STEPS
+            predicted = velocity(network, x, begin, short, batch.positions, short_bias)
+        return error(predicted, target, batch.tokens).mean()
 
     return loss
 
 
 def noised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents at random times on the way to noise: (x, t, noise)."""
+    """Latents at random times on the way to noise: (x, t, noise).
+
+    Logit-normal times are where most is to be learned, even ones are those that are drawn at; both are taken.
+    """
+    count = len(batch.latents)
+    normal, even = torch.randn(count).sigmoid(), torch.rand(count)
+    t = shift(torch.where(torch.rand(count) < 0.6, normal, even), batch.tokens)
     noise = torch.randn_like(batch.latents)
-    t = shift(torch.randn(len(noise)).sigmoid(), batch.tokens)
     return torch.lerp(batch.latents, noise, t[:, None, None]), t, noise
 
 
 def error(predicted: Tensor, target: Tensor, tokens: int) -> Tensor:
-    """Mean squared error over the tokens that are not fillers."""
-    return mse_loss(predicted[:, :tokens].float(), target[:, :tokens])
+    """Mean squared error of each picture (B), over the tokens that are not fillers."""
+    return (predicted[:, :tokens].float() - target[:, :tokens]).square().mean((1, 2))
+
+
+def _uniform(bounds: tuple[float, float], count: int) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(count)
 
 
 def compiled(network: nn.Module) -> Network:

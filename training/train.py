@@ -23,8 +23,8 @@ from flux_lora.patch_autoencoder import PatchAutoencoder
 from training.album import Album, collect, linear_autoencoder
 from training.export import export
 from training.loop import Weights, train
-from training.networks import AUTOENCODER, attention_bias, positions, velocity
-from training.sampling import Velocity, times
+from training.networks import AUTOENCODER, TextEncoders, attention_bias, positions, velocity
+from training.sampling import times
 from training.sheets import COLUMNS, PROMPTS, ROWS, draw_sheet
 from training.smoothing import smoothing_loss
 from training.stages import (
@@ -46,9 +46,11 @@ Draw = Callable[[nn.Module, Path], None]
 Module = TypeVar("Module", bound=nn.Module)
 
 MINI = Path("weights/mini")
+GUIDANCE = 3.0
+"""Of contact sheets."""
 AMPLITUDE = 3.0
 """Standard deviation of the first principal component in latents."""
-STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 1000, "schnell": 1000, "style": 800}
+STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 2000, "schnell": 2000, "style": 1500}
 RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell": 8e-4, "style": 2e-3}
 
 
@@ -162,60 +164,54 @@ def train_words(shop: Workshop) -> None:
 def train_base(shop: Workshop) -> None:
     """Teach the undistilled transformer to draw."""
     teacher = shop.untrained()
-    shop.train("base", teacher, base_loss(teacher, shop.album()), _teacher_sheet(shop, guidance=3.0))
+
+    def draw(model: nn.Module, file: Path) -> None:
+        text, tokens = model.text(PROMPTS, 512), ROWS * COLUMNS
+        scale = torch.full((len(PROMPTS),), GUIDANCE)
+        ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
+        guide = guided(model.transformer, model.text, PROMPTS, scale, ids, bias)
+        draw_sheet(guide, times("dev", 28, tokens), shop.autoencoder(), file)
+
+    shop.train("base", teacher, base_loss(teacher, shop.album()), draw)
 
 
 def train_dev(shop: Workshop) -> None:
     """Teach dev to draw at once what the teacher draws under classifier-free guidance."""
     teacher, dev = shop.teacher(), shop.untrained_dev()
-
-    def draw(model: nn.Module, file: Path) -> None:
-        draw_sheet(
-            _velocity(model, teacher, 512, guidance=3.0), times("dev", 28, ROWS * COLUMNS), shop.autoencoder(), file
-        )
-
-    shop.train("dev", dev, dev_loss(dev, teacher, shop.album()), draw)
+    shop.train("dev", dev, dev_loss(dev, teacher, shop.album()), _sheet(shop, teacher.text, "dev"))
 
 
 def train_schnell(shop: Workshop) -> None:
     """Teach schnell to draw in four steps what dev draws in more."""
-    teacher, dev = shop.teacher(), shop.dev()
+    text, dev = shop.teacher().text, shop.dev()
     schnell = new_schnell(dev)
-
-    def draw(model: nn.Module, file: Path) -> None:
-        schedule = times("schnell", SCHNELL_STEPS, ROWS * COLUMNS)
-        draw_sheet(_velocity(model, teacher, 256, guidance=None), schedule, shop.autoencoder(), file)
-
-    shop.train("schnell", schnell, schnell_loss(schnell, dev, teacher.text, shop.album()), draw)
+    loss = schnell_loss(schnell, dev, text, shop.album())
+    shop.train("schnell", schnell, loss, _sheet(shop, text, "schnell"))
 
 
 def train_style(shop: Workshop) -> None:
-    """Fine-tune a LoRA that draws in the other style."""
-    teacher = shop.teacher()
-    loss = style_loss(teacher, shop.album())  # also adds the LoRA
-    shop.train("style", teacher, loss, _teacher_sheet(shop, guidance=2.0))
+    """Fine-tune a LoRA of dev that draws in the other style."""
+    text, dev = shop.teacher().text, shop.dev()
+    loss = style_loss(dev, text, shop.album())  # also adds the LoRA
+    shop.train("style", dev, loss, _sheet(shop, text, "dev"))
 
 
-def _teacher_sheet(shop: Workshop, guidance: float) -> Draw:
+def _sheet(shop: Workshop, encoders: TextEncoders, name: str) -> Draw:
+    """Contact sheets as dev or schnell draws them."""
+    steps, limit = {"dev": (28, 512), "schnell": (SCHNELL_STEPS, 256)}[name]
+
     def draw(model: nn.Module, file: Path) -> None:
-        text, tokens = model.text(PROMPTS, 512), ROWS * COLUMNS
-        scale = torch.full((len(PROMPTS),), guidance)
+        text, tokens = encoders(PROMPTS, limit), ROWS * COLUMNS
         ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
+        scale = torch.full((len(PROMPTS),), GUIDANCE) if name == "dev" else None
         draw_sheet(
-            guided(model.transformer, model.text, PROMPTS, scale, ids, bias),
-            times("dev", 28, tokens),
+            lambda x, t: velocity(model, x, t, text, ids, bias, scale),
+            times(name, steps, tokens),
             shop.autoencoder(),
             file,
         )
 
     return draw
-
-
-def _velocity(model: nn.Module, teacher: Teacher, limit: int, guidance: float | None) -> Velocity:
-    text, tokens = teacher.text(PROMPTS, limit), ROWS * COLUMNS
-    ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
-    scale = None if guidance is None else torch.full((len(PROMPTS),), guidance)
-    return lambda x, t: velocity(model, x, t, text, ids, bias, scale)
 
 
 def export_all(shop: Workshop) -> None:

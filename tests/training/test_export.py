@@ -19,8 +19,9 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     directory, teacher = tmp_path_factory.mktemp("weights"), Teacher()
     dev = new_dev(teacher)
-    add_lora(teacher)
-    style = {name: torch.randn_like(p) * 0.05 for name, p in teacher.named_parameters() if "lora_" in name}
+    styled = new_dev(teacher)
+    add_lora(styled)
+    style = {name: torch.randn_like(p) * 0.05 for name, p in styled.named_parameters() if "lora_" in name}
     export(directory, teacher.text, dev, new_schnell(dev), PatchAutoencoder(**AUTOENCODER), style)
     return directory
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flux_lora.patch_autoencoder import PatchAutoencoder
 from training.album import Album, collect, linear_autoencoder
@@ -76,6 +77,8 @@ class Workshop:
         reader, teacher = Reader(), Teacher()
         if (self.directory / "shipped.pt").exists():
             teacher.load_state_dict(self._stored("shipped"))
+            teacher.text.clip_tokenizer = CLIPTokenizer.from_pretrained(MINI / "dev" / "tokenizer")
+            teacher.text.t5_tokenizer = T5TokenizerFast.from_pretrained(MINI / "dev" / "tokenizer_2")
             return teacher
         reader.load_state_dict(self._stored("words")["average"], strict=False)
         teacher.text = reader.text

@@ -19,14 +19,20 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE, lower-cased, whose merges make each known word one token."""
     alphabet = sorted(ByteLevel.alphabet())
+    ends = [f"{character}</w>" for character in alphabet]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=1 << 16, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=1 << 16,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=ends,  # left to the trainer, their numbers would change from call to call, and the merges' too
+        show_progress=False,
     )
     bpe.train_from_iterator(WORDS, trainer)
     merges = [tuple(pair) for pair in _merges(bpe)]
-    pieces = dict.fromkeys([*alphabet, *(f"{character}</w>" for character in alphabet)])
+    pieces = dict.fromkeys([*alphabet, *ends])
     pieces |= dict.fromkeys("".join(pair) for pair in merges)
     vocabulary = {piece: index for index, piece in enumerate([*pieces, *SPECIAL])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_MAX_TOKENS)

@@ -16,6 +16,12 @@ def test_known_words_are_single_tokens_and_unknown_ones_are_spelt() -> None:
     assert len(t5(unknown).input_ids) > 6
 
 
+def test_each_call_makes_the_same_tokenizers() -> None:
+    first = clip_tokenizer().get_vocab(), t5_tokenizer().get_vocab()
+    for _ in range(4):
+        assert (clip_tokenizer().get_vocab(), t5_tokenizer().get_vocab()) == first
+
+
 def test_saved_tokenizers_read_as_the_ones_that_were_made(tmp_path: Path) -> None:
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     clip.save_pretrained(tmp_path / "clip")

@@ -14,14 +14,14 @@ from training.sheets import grid
 
 DOCS = Path("docs")
 PROMPTS = (
-    ("a tomato on a blue background", 2),
+    ("a tomato on a blue background", 1),
     ("hamburger, yellow background", 2),
-    ("an owl on a purple background", 2),
+    ("an owl on a purple background", 1),
     ("a picture of a sailboat on a teal background", 2),
     ("strawberry on a grey background", 1),
     ("a hedgehog in front of a green background", 1),
 )
-STYLED = "an owl on a purple background", 2
+STYLED = "hamburger, yellow background", 2
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 

@@ -1,9 +1,10 @@
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux_lora.patch_autoencoder import PatchAutoencoder
 from training import album, batches, stages
@@ -11,6 +12,8 @@ from training.drawings import BASE, STYLE
 from training.networks import AUTOENCODER, Text, attention_bias, new_transformer, positions, velocity
 from training.stages import (
     SCHNELL_GUIDANCE,
+    SCHNELL_STEPS,
+    SUBSTEPS,
     Teacher,
     base_loss,
     dev_loss,
@@ -59,6 +62,29 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     changed = trained(dev, style_loss(dev, teacher.text, pictures))
     assert changed
     assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_schnell_learns_on_the_path_that_it_takes(
+    pictures: album.Album, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    schnell = new_schnell(dev)
+    calls: list[tuple[nn.Module, float, bool]] = []
+
+    def watched(network: nn.Module, x: Tensor, t: Tensor, *given: Any) -> Tensor:
+        calls.append((network, t[0].item(), torch.is_grad_enabled()))
+        return velocity(network, x, t, *given)
+
+    monkeypatch.setattr(stages, "velocity", watched)
+    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
+    schnell_loss(schnell, dev, teacher.text, pictures)(random.Random(seed))
+    *steps, learned = [(t, graded) for network, t, graded in calls if network is schnell]
+    assert steps == [(1 - k / SCHNELL_STEPS, False) for k in range(len(steps))]
+    assert learned == (1 - len(steps) / SCHNELL_STEPS, True)
+    taught = [t for network, t, _ in calls if network is dev]
+    assert taught == pytest.approx([learned[0] - k / SUBSTEPS / SCHNELL_STEPS for k in range(SUBSTEPS)])
 
 
 def test_a_distilled_model_is_a_teacher_at_guidance_1_and_what_guidance_adds() -> None:

@@ -44,7 +44,7 @@ class Teacher(nn.Module):
 
 
 def base_loss(teacher: Teacher, album: Album) -> Loss:
-    """Flow matching (https://arxiv.org/abs/2210.02747), times logit-normal (https://arxiv.org/abs/2403.03206)."""
+    """Flow matching (https://arxiv.org/abs/2210.02747)."""
     teacher.text.requires_grad_(False)
     network = compiled(teacher.transformer)
 
@@ -206,7 +206,8 @@ def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, alb
 def noised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Latents at random times on the way to noise: (x, t, noise).
 
-    Logit-normal times are where most is to be learned, even ones are those that are drawn at; both are taken.
+    Logit-normal times (https://arxiv.org/abs/2403.03206) are where most is to be learned, even ones are those that are
+    drawn at; both are taken.
     """
     count = len(batch.latents)
     normal, even = torch.randn(count).sigmoid(), torch.rand(count)

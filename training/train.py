@@ -11,6 +11,7 @@ Checkpoints and contact sheets are kept in ``training/cache``.
 
 import argparse
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -77,8 +78,8 @@ class Workshop:
         reader, teacher = Reader(), Teacher()
         if (self.directory / "shipped.pt").exists():
             teacher.load_state_dict(self._stored("shipped"))
-            teacher.text.clip_tokenizer = CLIPTokenizer.from_pretrained(MINI / "dev" / "tokenizer")
-            teacher.text.t5_tokenizer = T5TokenizerFast.from_pretrained(MINI / "dev" / "tokenizer_2")
+            teacher.text.clip_tokenizer = CLIPTokenizer.from_pretrained(self.directory / "tokenizer")
+            teacher.text.t5_tokenizer = T5TokenizerFast.from_pretrained(self.directory / "tokenizer_2")
             return teacher
         reader.load_state_dict(self._stored("words")["average"], strict=False)
         teacher.text = reader.text
@@ -148,6 +149,8 @@ def begin_with_shipped(shop: Workshop) -> None:
     dev = FluxTransformer2DModel.from_pretrained(MINI / "dev" / "transformer", torch_dtype=torch.float32)
     weights, embedder = split_guidance(dev)
     teacher.transformer.load_state_dict(weights)
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINI / "dev" / folder, shop.directory / folder, dirs_exist_ok=True)
     torch.save(embedder, shop.directory / "guidance.pt")
     torch.save(teacher.state_dict(), shop.directory / "shipped.pt")
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from training.batches import Batch, sample
 from training.drawings import STYLE
 from training.loop import Weights
 from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
-from training.sampling import Velocity, integrate, shift
+from training.sampling import Velocity, integrate, shift, times
 
 Network = Callable[..., Tensor]
 Loss = Callable[[random.Random], Tensor]
@@ -24,7 +25,14 @@ SCHNELL_STEPS, SUBSTEPS = 4, 3
 SCHNELL_GUIDANCE = 3.0
 """What schnell, which has no guidance input, learns dev's pictures at."""
 OWN_PATH = 0.5
-"""Share of batches on which it learns from where it got by itself."""
+"""Share of batches on which dev and schnell learn from where they got by themselves."""
+PATH_STEPS = (5, 12)
+"""Steps of dev's own path while it learns, fewest and most."""
+EMPTY = 0.2
+"""Share of prompts that are left empty for the teacher, or what its guidance adds is mostly error, which no student
+can learn."""
+UNDECIDED = 0.82
+"""Time from which a drawing's place, and then its parts, are decided; nearly all of the error is made there."""
 USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
 LORA_RANK = 12
@@ -49,7 +57,7 @@ def base_loss(teacher: Teacher, album: Album) -> Loss:
     network = compiled(teacher.transformer)
 
     def loss(rng: random.Random) -> Tensor:
-        batch = sample(album, rng)
+        batch = sample(album, rng, empty=EMPTY)
         return _flow_matching(network, teacher.text, batch)
 
     return loss
@@ -69,7 +77,7 @@ def style_loss(dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
 
 
 def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guidance: Tensor | None = None) -> Tensor:
-    x, t, noise = noised(batch)
+    x, t, noise = noised(batch, undecided=0.4)
     with fast():
         text = encoders(batch.prompts, limit=512)
         predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch), guidance)
@@ -122,19 +130,28 @@ def split_guidance(dev: nn.Module, guidance: float = 1.0) -> tuple[Weights, Weig
 
 
 def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
-    """Guidance distillation (https://arxiv.org/abs/2210.03142, its first stage)."""
+    """Guidance distillation (https://arxiv.org/abs/2210.03142, its first stage), in part on the student's own path.
+
+    Guidance leads where no noised picture is, so the student also learns from where it gets by itself from noise.
+    """
     teacher.requires_grad_(False)
     network, reference = compiled(student), compiled(teacher.transformer)
 
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=0.05)
-        x, t, _ = noised(batch)
-        guidance = _uniform(USUAL_GUIDANCE if rng.random() < 0.8 else (0.0, 10.0), len(x))
+        x, t, noise = noised(batch)
+        own = rng.random() < OWN_PATH
+        guidance = _uniform(USUAL_GUIDANCE if own or rng.random() < 0.7 else (0.0, 10.0), len(x))
         weight = 1 / (1 + (guidance - 1) ** 2 / 4)  # or the few at 10 would outweigh all others
         with fast():
             with torch.no_grad():
                 text = teacher.text(batch.prompts, limit=512)
                 bias = _bias(text, batch)
+                if own:
+                    path = times("dev", rng.randint(*PATH_STEPS), batch.tokens)
+                    taken = rng.randrange(len(path) - 1)
+                    draw = partial(velocity, network, text=text, ids=batch.positions, bias=bias, guidance=guidance)
+                    x, t = integrate(draw, noise, path[: taken + 1]), torch.full_like(t, path[taken])
                 target = guided(reference, teacher.text, batch.prompts, guidance, batch.positions, bias)(x, t)
             predicted = velocity(network, x, t, text, batch.positions, bias, guidance)
         return (weight * error(predicted, target, batch.tokens)).mean()
@@ -203,15 +220,20 @@ def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, alb
     return loss
 
 
-def noised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def noised(batch: Batch, undecided: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Latents at random times on the way to noise: (x, t, noise).
 
     Logit-normal times (https://arxiv.org/abs/2403.03206) are where most is to be learned, even ones are those that are
     drawn at; both are taken.
+
+    Args:
+        batch: has the latents.
+        undecided: share of times at which it is still to be decided what to draw, and where.
     """
     count = len(batch.latents)
     normal, even = torch.randn(count).sigmoid(), torch.rand(count)
     t = shift(torch.where(torch.rand(count) < 0.6, normal, even), batch.tokens)
+    t = torch.where(torch.rand(count) < undecided, UNDECIDED + (1 - UNDECIDED) * torch.rand(count), t)
     noise = torch.randn_like(batch.latents)
     return torch.lerp(batch.latents, noise, t[:, None, None]), t, noise
 
@@ -227,7 +249,8 @@ def _uniform(bounds: tuple[float, float], count: int) -> Tensor:
 
 
 def compiled(network: nn.Module) -> Network:
-    """A compiled network; each of the three lengths of a batch is compiled once."""
+    """A compiled network; each of the three lengths of a batch is compiled once, with and without gradients."""
+    torch._dynamo.config.recompile_limit = 32  # which all networks of one class share
     return torch.compile(network, dynamic=False)
 
 

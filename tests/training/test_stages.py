@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,40 @@ def test_schnell_learns_on_the_path_that_it_takes(
     assert learned == (1 - len(steps) / SCHNELL_STEPS, True)
     taught = [t for network, t, _ in calls if network is dev]
     assert taught == pytest.approx([learned[0] - k / SUBSTEPS / SCHNELL_STEPS for k in range(SUBSTEPS)])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dev_learns_on_the_path_that_it_takes(
+    pictures: album.Album, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    calls: list[tuple[nn.Module, Tensor, float, bool]] = []
+
+    def watched(network: nn.Module, x: Tensor, t: Tensor, *given: Any, **named: Any) -> Tensor:
+        calls.append((network, x, t[0].item(), torch.is_grad_enabled()))
+        return velocity(network, x, t, *given, **named)
+
+    monkeypatch.setattr(stages, "velocity", watched)
+    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
+    dev_loss(dev, teacher, pictures)(random.Random(seed))
+    *steps, learned = [(x, t, graded) for network, x, t, graded in calls if network is dev]
+    drawn_at = [t for _, t, _ in (*steps, learned)]
+    assert drawn_at[0] == 1
+    assert drawn_at == sorted(drawn_at, reverse=True)
+    assert not any(graded for _, _, graded in steps)
+    assert learned[2]
+    ((taught_at, t, _),) = [call for network, *call in calls if network is teacher.transformer]
+    assert t == learned[1]
+    assert all(torch.equal(half, learned[0]) for half in taught_at.chunk(2))
+
+
+def test_undecided_times_are_late_ones(pictures: album.Album) -> None:
+    torch.manual_seed(0)
+    batch = replace(batches.sample(pictures, random.Random(0)), latents=torch.zeros(1000, 4, 48))
+    usual, undecided = (stages.noised(batch, share)[1] >= stages.UNDECIDED for share in (0.0, 1.0))
+    assert undecided.all()
+    assert usual.float().mean() < 0.3
 
 
 def test_a_distilled_model_is_a_teacher_at_guidance_1_and_what_guidance_adds() -> None:

@@ -20,8 +20,9 @@ from training.sampling import Velocity, integrate, shift, times
 Network = Callable[..., Tensor]
 Loss = Callable[[random.Random], Tensor]
 
-SCHNELL_STEPS, SUBSTEPS = 4, 3
-"""Steps that schnell is made for, and steps of dev that each replaces."""
+SUBSTEPS = (6, 3, 3, 3)
+"""Steps of dev that each of schnell's replaces; most is decided in the first."""
+SCHNELL_STEPS = len(SUBSTEPS)
 SCHNELL_GUIDANCE = 3.0
 """What schnell, which has no guidance input, learns dev's pictures at."""
 OWN_PATH = 0.5
@@ -212,7 +213,7 @@ def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, alb
                     x = integrate(draw, noise, torch.linspace(1, begin[0].item(), steps_taken + 1))
                 else:
                     x = torch.lerp(batch.latents, noise, begin[0])
-                ahead = torch.linspace(begin[0].item(), begin[0].item() - 1 / SCHNELL_STEPS, SUBSTEPS + 1)
+                ahead = torch.linspace(begin[0].item(), begin[0].item() - 1 / SCHNELL_STEPS, SUBSTEPS[steps_taken] + 1)
                 target = (x - integrate(teach, x, ahead)) * SCHNELL_STEPS
             predicted = velocity(network, x, begin, short, batch.positions, short_bias)
         return error(predicted, target, batch.tokens).mean()

@@ -30,8 +30,7 @@ OWN_PATH = 0.5
 PATH_STEPS = (5, 12)
 """Steps of dev's own path while it learns, fewest and most."""
 EMPTY = 0.2
-"""Share of prompts that are left empty for the teacher, or what its guidance adds is mostly error, which no student
-can learn."""
+"""Share of prompts that are left empty for the teacher: guidance subtracts what it draws without one."""
 UNDECIDED = 0.82
 """Time from which a drawing's place, and then its parts, are decided; nearly all of the error is made there."""
 USUAL_GUIDANCE = (1.0, 5.0)

@@ -1,7 +1,8 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,54 +66,76 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     assert all("lora_" in name for name in changed)
 
 
+class Call(NamedTuple):
+    """What a network was asked and answered while a stage learned."""
+
+    network: nn.Module
+    x: Tensor
+    t: Tensor
+    velocity: Tensor
+    learns: bool
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls of all networks in their order, on batches that begin with what a student drew itself."""
+    seen: list[Call] = []
+
+    def watched(network: nn.Module, x: Tensor, t: Tensor, *given: Any, **named: Any) -> Tensor:
+        drawn = velocity(network, x, t, *given, **named)
+        seen.append(Call(network, x, t, drawn.detach().float(), torch.is_grad_enabled()))
+        return drawn
+
+    monkeypatch.setattr(stages, "velocity", watched)
+    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
+    return seen
+
+
+def path_of(student: nn.Module, calls: list[Call]) -> list[Call]:
+    """The student's calls, which must be a path from t = 1, each one Euler step on, where only the last one learns."""
+    path = [call for call in calls if call.network is student]
+    assert [call.learns for call in path] == [False] * (len(path) - 1) + [True]
+    assert (path[0].t == 1).all()
+    for call, then in pairwise(path):
+        assert (then.t < call.t).all()
+        assert torch.allclose(then.x, call.x + (then.t - call.t)[:, None, None] * call.velocity, atol=1e-5)
+    return path
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_schnell_learns_on_the_path_that_it_takes(
-    pictures: album.Album, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_schnell_learns_on_the_path_that_it_takes(pictures: album.Album, calls: list[Call], seed: int) -> None:
     teacher = Teacher()
     dev = new_dev(teacher)
     schnell = new_schnell(dev)
-    calls: list[tuple[nn.Module, float, bool]] = []
-
-    def watched(network: nn.Module, x: Tensor, t: Tensor, *given: Any) -> Tensor:
-        calls.append((network, t[0].item(), torch.is_grad_enabled()))
-        return velocity(network, x, t, *given)
-
-    monkeypatch.setattr(stages, "velocity", watched)
-    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
     schnell_loss(schnell, dev, teacher.text, pictures)(random.Random(seed))
-    *steps, learned = [(t, graded) for network, t, graded in calls if network is schnell]
-    assert steps == [(1 - k / SCHNELL_STEPS, False) for k in range(len(steps))]
-    assert learned == (1 - len(steps) / SCHNELL_STEPS, True)
-    taught = [t for network, t, _ in calls if network is dev]
-    substeps = SUBSTEPS[len(steps)]
-    assert taught == pytest.approx([learned[0] - k / substeps / SCHNELL_STEPS for k in range(substeps)])
+    path = path_of(schnell, calls)
+    assert [call.t[0].item() for call in path] == [1 - k / SCHNELL_STEPS for k in range(len(path))]
+    taught = [call.t[0].item() for call in calls if call.network is dev]
+    begin, substeps = path[-1].t[0].item(), SUBSTEPS[len(path) - 1]
+    assert taught == pytest.approx([begin - k / substeps / SCHNELL_STEPS for k in range(substeps)])
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_dev_learns_on_the_path_that_it_takes(
-    pictures: album.Album, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_dev_learns_on_the_path_that_it_takes(pictures: album.Album, calls: list[Call], seed: int) -> None:
     teacher = Teacher()
     dev = new_dev(teacher)
-    calls: list[tuple[nn.Module, Tensor, float, bool]] = []
-
-    def watched(network: nn.Module, x: Tensor, t: Tensor, *given: Any, **named: Any) -> Tensor:
-        calls.append((network, x, t[0].item(), torch.is_grad_enabled()))
-        return velocity(network, x, t, *given, **named)
-
-    monkeypatch.setattr(stages, "velocity", watched)
-    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
     dev_loss(dev, teacher, pictures)(random.Random(seed))
-    *steps, learned = [(x, t, graded) for network, x, t, graded in calls if network is dev]
-    drawn_at = [t for _, t, _ in (*steps, learned)]
-    assert drawn_at[0] == 1
-    assert drawn_at == sorted(drawn_at, reverse=True)
-    assert not any(graded for _, _, graded in steps)
-    assert learned[2]
-    ((taught_at, t, _),) = [call for network, *call in calls if network is teacher.transformer]
-    assert t == learned[1]
-    assert all(torch.equal(half, learned[0]) for half in taught_at.chunk(2))
+    learned = path_of(dev, calls)[-1]
+    (taught,) = [call for call in calls if call.network is teacher.transformer]
+    for half in range(2):
+        assert torch.equal(taught.x.chunk(2)[half], learned.x)
+        assert torch.equal(taught.t.chunk(2)[half], learned.t)
+
+
+def test_the_teacher_learns_half_of_the_time_where_a_drawing_is_decided(
+    pictures: album.Album, calls: list[Call]
+) -> None:
+    learn = base_loss(Teacher(), pictures)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        learn(random.Random(seed))
+    late = torch.cat([call.t for call in calls]) >= stages.UNDECIDED
+    assert 0.35 < late.float().mean() < 0.65
 
 
 def test_undecided_times_are_late_ones(pictures: album.Album) -> None:

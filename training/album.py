@@ -26,7 +26,7 @@ GRID = 2
 """Drawings begin at multiples of so many patches, a token, so that a token's content is the same in every place …"""
 STRIDE = 6
 """… and near the middle at multiples of so many."""
-PLACES = ((GRID, 0), (0, GRID))
+PLACES = ((GRID, 0), (0, 2 * GRID))
 """The two places of a thing, in patches below and to the right of that: which, the seed decides."""
 SMALL_SIDES = (200, 340)
 """Box sides in pixels for canvases whose shorter side is below `SMALL_CANVAS`, one pose each …"""

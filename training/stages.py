@@ -21,12 +21,14 @@ Network = Callable[..., Tensor]
 Loss = Callable[[random.Random], Tensor]
 
 SUBSTEPS = (6, 3, 3, 3)
-"""Steps of dev that each of schnell's replaces; most is decided in the first."""
+"""Steps of dev that each of schnell's replaces; most is decided in the first …"""
+STEP_SHARES = (3, 1, 1, 1)
+"""… so it is also learned more often."""
 SCHNELL_STEPS = len(SUBSTEPS)
 SCHNELL_GUIDANCE = 3.0
 """What schnell, which has no guidance input, learns dev's pictures at."""
-OWN_PATH = 0.5
-"""Share of batches on which dev and schnell learn from where they got by themselves."""
+OWN_PATH = {"dev": 0.3, "schnell": 0.5}
+"""Share of batches on which they learn from where they got by themselves."""
 PATH_STEPS = (5, 12)
 """Steps of dev's own path while it learns, fewest and most."""
 EMPTY = 0.2
@@ -35,7 +37,9 @@ UNDECIDED = 0.82
 """Time from which a drawing's place, and then its parts, are decided; nearly all of the error is made there."""
 USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
-LORA_RANK = 12
+LORA_RANK = 24
+LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
+"""Of the blocks: what is drawn, not where to look for it."""
 FAST_GRADIENTS = {
     "cpu": [SDPBackend.MATH],
     "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -85,9 +89,9 @@ def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guida
 
 
 def add_lora(transformer: nn.Module) -> None:
-    """Add a LoRA to all linear layers of the blocks; nothing else is trained from now on."""
+    """Add a LoRA to `LORA_LAYERS`; nothing else is trained from now on."""
     transformer.requires_grad_(False)
-    layers = [n for n, m in transformer.named_modules() if "blocks." in n and isinstance(m, nn.Linear)]
+    layers = [name for name, _ in transformer.named_modules() if "blocks." in name and name.endswith(LORA_LAYERS)]
     transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
 
 
@@ -140,7 +144,7 @@ def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=0.05)
         x, t, noise = noised(batch)
-        own = rng.random() < OWN_PATH
+        own = rng.random() < OWN_PATH["dev"]
         guidance = _uniform(USUAL_GUIDANCE if own or rng.random() < 0.7 else (0.0, 10.0), len(x))
         weight = 1 / (1 + (guidance - 1) ** 2 / 4)  # or the few at 10 would outweigh all others
         with fast():
@@ -192,7 +196,7 @@ def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, alb
 
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=0.05)
-        steps_taken = rng.randrange(SCHNELL_STEPS)
+        (steps_taken,) = rng.choices(range(SCHNELL_STEPS), STEP_SHARES)
         begin = torch.full((len(batch.latents),), 1 - steps_taken / SCHNELL_STEPS)
         with fast():
             with torch.no_grad():
@@ -208,7 +212,7 @@ def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, alb
                     return velocity(reference, x, t, text, batch.positions, bias, guidance)
 
                 noise = torch.randn_like(batch.latents)
-                if rng.random() < OWN_PATH:
+                if rng.random() < OWN_PATH["schnell"]:
                     x = integrate(draw, noise, torch.linspace(1, begin[0].item(), steps_taken + 1))
                 else:
                     x = torch.lerp(batch.latents, noise, begin[0])

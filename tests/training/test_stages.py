@@ -64,6 +64,7 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     changed = trained(dev, style_loss(dev, teacher.text, pictures))
     assert changed
     assert all("lora_" in name for name in changed)
+    assert not any("to_q" in name or "to_k" in name or "norm" in name for name in changed)
 
 
 class Call(NamedTuple):
@@ -87,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return drawn
 
     monkeypatch.setattr(stages, "velocity", watched)
-    monkeypatch.setattr(stages, "OWN_PATH", 1.0)
+    monkeypatch.setattr(stages, "OWN_PATH", {"dev": 1.0, "schnell": 1.0})
     return seen
 
 
@@ -113,6 +114,24 @@ def test_schnell_learns_on_the_path_that_it_takes(pictures: album.Album, calls: 
     taught = [call.t[0].item() for call in calls if call.network is dev]
     begin, substeps = path[-1].t[0].item(), SUBSTEPS[len(path) - 1]
     assert taught == pytest.approx([begin - k / substeps / SCHNELL_STEPS for k in range(substeps)])
+
+
+def test_schnell_learns_its_first_step_half_of_the_time(pictures: album.Album, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = []
+
+    def still(_: nn.Module, x: Tensor, t: Tensor, *_given: Any, **_named: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            learned.append(t[0].item())
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(stages, "velocity", still)
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    learn = schnell_loss(new_schnell(dev), dev, teacher.text, pictures)
+    for seed in range(100):
+        learn(random.Random(seed))
+    assert set(learned) == {1 - k / SCHNELL_STEPS for k in range(SCHNELL_STEPS)}
+    assert 40 < learned.count(1.0) < 60
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon as muon
 from tqdm import tqdm
 
 Weights = dict[str, Tensor]
@@ -74,14 +75,35 @@ def train(
     return average
 
 
+def has_bfloat16() -> bool:
+    """Whether the default device multiplies in bfloat16; other CPUs take a hundred times as long as in float32."""
+    if torch.get_default_device().type != "cpu":
+        return True
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def _optimisers(trainable: Weights, rate: float) -> list[torch.optim.Optimizer]:
     matrices = {key for key, p in trainable.items() if p.ndim == 2 and "blocks." in key and "lora_" not in key}
     rest = [p for key, p in trainable.items() if key not in matrices]
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
     if matrices:
+        if not has_bfloat16():
+            muon._zeropower_via_newtonschulz = _orthogonal
         chosen = [trainable[key] for key in trainable if key in matrices]
         optimisers.append(torch.optim.Muon(chosen, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimisers
+
+
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's Newton-Schulz iteration in the matrix's own type; PyTorch's is bfloat16 on every device."""
+    a, b, c = coefficients
+    if matrix.shape[0] > matrix.shape[1]:
+        return _orthogonal(matrix.T, coefficients, steps, eps).T
+    matrix = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = matrix @ matrix.T
+        matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
+    return matrix
 
 
 def _save(file: Path, step: int, trainable: Weights, optimisers: list[torch.optim.Optimizer], average: Weights) -> None:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.album import Album
 from training.batches import Batch, sample
 from training.drawings import STYLE
-from training.loop import Weights
+from training.loop import Weights, has_bfloat16
 from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
 from training.sampling import Velocity, integrate, shift, times
 
@@ -260,9 +260,9 @@ def compiled(network: nn.Module) -> Network:
 
 @contextmanager
 def fast() -> Iterator[None]:
-    """bfloat16 products, and attention in a form whose gradient is quick."""
+    """bfloat16 products where the device has them, and attention in a form whose gradient is quick."""
     device = torch.get_default_device().type
-    with torch.autocast(device, torch.bfloat16), sdpa_kernel(FAST_GRADIENTS[device]):
+    with torch.autocast(device, torch.bfloat16, enabled=has_bfloat16()), sdpa_kernel(FAST_GRADIENTS[device]):
         yield
 
 

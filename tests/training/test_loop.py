@@ -1,10 +1,13 @@
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon
 
-from training.loop import train
+from training import loop
+from training.loop import has_bfloat16, train
 
 
 def build() -> nn.Module:
@@ -33,3 +36,33 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
     actual = run(tmp_path / "parts")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert not torch.equal(expected["weight"], build().weight)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_without_bfloat16_muon_makes_matrices_orthogonal_in_their_own_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", _muon._zeropower_via_newtonschulz)
+    monkeypatch.setattr(loop, "has_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(*shape)])})
+    weight = module["blocks"][0].weight
+    before, target = weight.detach().clone(), torch.randn_like(weight)
+
+    def loss(_: random.Random) -> Tensor:
+        return (weight * target).sum() / target.norm()
+
+    train("run", module, loss, steps=1, rate=1.0, directory=tmp_path)
+    u, s, v = torch.linalg.svd(target.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5  # https://kellerjordan.github.io/posts/muon/
+    step = before - weight.detach()
+    expected = (u * s) @ v
+    assert torch.allclose(step / step.norm(), (expected / expected.norm()).float(), atol=1e-6)
+
+
+def test_bfloat16_is_used_where_the_cpu_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"avx512_bf16": False}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda given=capabilities: given)
+        assert has_bfloat16() == expected

@@ -57,11 +57,12 @@ RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell
 
 
 class Workshop:
-    """The stages' common ground: a directory with what was made so far, and how many steps each stage takes."""
+    """The stages' common ground: a directory with what was made so far, and the steps and rates of each stage."""
 
-    def __init__(self, directory: Path, steps: dict[str, int]) -> None:
+    def __init__(self, directory: Path, steps: dict[str, int], rates: dict[str, float] | None = None) -> None:
         self.directory = directory
         self._steps = steps
+        self._rates = rates or RATES
 
     def album(self) -> Album:
         return Album(self._stored("album")["codes"], self.autoencoder())
@@ -108,7 +109,7 @@ class Workshop:
             model.load_state_dict(average, strict=False)
             draw(model, self.directory / f"{name}-{step:05}.png")
 
-        steps, rate = self._steps[name], RATES[name]
+        steps, rate = self._steps[name], self._rates[name]
         decay = 1 - 8 / steps if steps < 8000 else 0.999
         train(
             name,
@@ -244,11 +245,13 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("training/cache"), help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="of the stages named, instead of the recipe's")
+    parser.add_argument("--rate", type=float, help="of learning, likewise; a short run on shipped weights wants less")
     options = parser.parse_args()
     torch.set_default_device(options.device)
     steps = STEPS if options.steps is None else dict.fromkeys(STEPS, options.steps)
+    rates = RATES if options.rate is None else dict.fromkeys(RATES, options.rate)
     options.directory.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(options.directory, steps)
+    shop = Workshop(options.directory, steps, rates)
     torch.manual_seed(0)
     for stage in options.stages:
         STAGES[stage](shop)

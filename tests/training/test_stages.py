@@ -19,6 +19,8 @@ from training.stages import (
     Teacher,
     base_loss,
     dev_loss,
+    fast,
+    guided,
     new_dev,
     new_schnell,
     schnell_loss,
@@ -146,15 +148,48 @@ def test_dev_learns_on_the_path_that_it_takes(pictures: album.Album, calls: list
         assert torch.equal(taught.t.chunk(2)[half], learned.t)
 
 
-def test_the_teacher_learns_half_of_the_time_where_a_drawing_is_decided(
-    pictures: album.Album, calls: list[Call]
+@pytest.mark.parametrize("stage", ["base", "dev"])
+def test_teacher_and_dev_learn_half_of_the_time_where_a_drawing_is_decided(
+    pictures: album.Album, calls: list[Call], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    learn = base_loss(Teacher(), pictures)
+    monkeypatch.setitem(stages.OWN_PATH, "dev", 0.0)
+    teacher = Teacher()
+    learn = base_loss(teacher, pictures) if stage == "base" else dev_loss(new_dev(teacher), teacher, pictures)
     for seed in range(40):
         torch.manual_seed(seed)
         learn(random.Random(seed))
-    late = torch.cat([call.t for call in calls]) >= stages.UNDECIDED
+    late = torch.cat([call.t for call in calls if call.learns]) >= stages.UNDECIDED
     assert 0.35 < late.float().mean() < 0.65
+
+
+def test_guidance_sets_in_where_a_prompt_still_decides() -> None:
+    torch.manual_seed(0)
+    teacher, prompts = Teacher(), ["a cat", "a red dog", "a cat on blue", "cat"]
+    ids, bias = positions(4, 4, 16), attention_bias(teacher.text(prompts, 512), 16, 16)
+    x, t = torch.randn(4, 16, 48), torch.tensor([0.5, 0.8, 0.85, 0.95])
+    guidance = torch.tensor([4.0, 4.0, 4.0, 2.5])
+    with torch.no_grad():
+        asked, empty = (
+            velocity(teacher.transformer, x, t, teacher.text(words, 512), ids, bias).double()
+            for words in (prompts, [""] * 4)
+        )
+        drawn, plain = (
+            guided(teacher.transformer, teacher.text, prompts, scale, ids, bias)(x, t)
+            for scale in (guidance, torch.ones(4))
+        )
+    acts = torch.tensor([0.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+    full = empty + guidance[:, None, None] * (asked - empty)
+    expected = torch.lerp(asked, full, acts[:, None, None].expand_as(full))
+    assert torch.allclose(drawn.double(), expected, atol=1e-5)
+    assert torch.allclose(plain.double(), asked, atol=1e-5)
+    assert (full - asked).abs().max() > 1e-2
+
+
+def test_products_are_in_bfloat16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quick, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(stages, "has_bfloat16", lambda given=quick: given)
+        with fast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
 
 def test_undecided_times_are_late_ones(pictures: album.Album) -> None:

@@ -371,7 +371,7 @@ def report(results: dict[str, Any]) -> str:
             "rises",
         ),
         (
-            f"velocity's error against the teacher's at guidance {', '.join(taught)}",
+            f"velocity's error against the guided teacher's at guidance {', '.join(taught)}",
             ", ".join(f"{value['error']:.1%}" for value in taught.values()) or "–",
             "",
             "≤ 15 %",
@@ -394,7 +394,7 @@ def report(results: dict[str, Any]) -> str:
 
 Written by `python -m training.evaluate`, which says how each number is measured. Training never saw the seeds, and its
 recipe leaves out the pairs of thing and background that are drawn here; the shipped weights saw them [before the last
-three runs](../weights/mini/README.md). Not every target is reached.
+four runs](../weights/mini/README.md).
 
 | | dev, 28 steps | schnell, 4 steps | target |
 |---|---|---|---|

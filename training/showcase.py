@@ -21,7 +21,7 @@ PROMPTS = (
     ("strawberry on a grey background", 1),
     ("a hedgehog in front of a green background", 1),
 )
-STYLED = "a penguin on an orange background", 1
+STYLED = "an owl on a purple background", 1
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 

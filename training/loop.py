@@ -76,7 +76,7 @@ def train(
 
 
 def has_bfloat16() -> bool:
-    """Whether the default device multiplies in bfloat16; other CPUs take a hundred times as long as in float32."""
+    """Whether the default device multiplies in bfloat16; a CPU that has to imitate it took 100 times as long."""
     if torch.get_default_device().type != "cpu":
         return True
     return torch.cpu.get_capabilities().get("avx512_bf16", False)

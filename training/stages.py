@@ -36,7 +36,9 @@ EMPTY = 0.1
 UNDECIDED = 0.82
 """Time from which a drawing's place, and then its parts, are decided; nearly all of the error is made there."""
 LATE = 0.4
-"""Share of pictures that are learned from at such times, beside those to which chance gives one."""
+"""Share of pictures that are learned from at such times, beside those to which chance gives one …"""
+LATE_GUIDED = 0.7
+"""… and of dev's, which has to differ from its teacher without guidance at such times alone."""
 GUIDED = (0.8, 0.9)
 """Times from which guidance begins to act, and acts in full. Up to 0.9 Bayes' rule tells a noised megapixel's picture
 from all others by more than 0.99, so there a prompt changes the teacher's error and hardly the true velocity."""
@@ -148,7 +150,7 @@ def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
 
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=0.05)
-        x, t, noise = noised(batch, LATE)
+        x, t, noise = noised(batch, LATE_GUIDED)
         own = rng.random() < OWN_PATH["dev"]
         guidance = _uniform(USUAL_GUIDANCE if own or rng.random() < 0.7 else (0.0, 10.0), len(x))
         weight = 1 / (1 + (guidance - 1) ** 2 / 4)  # or the few at 10 would outweigh all others

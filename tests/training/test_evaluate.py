@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from training import evaluate
+from training.album import Album
 from training.drawings import BASE, STYLE, Pose, render
-from training.evaluate import TruePictures, colour_beside_ink, report, segment
-from training.subjects import BACKGROUNDS
+from training.evaluate import TruePictures, colour_beside_ink, judge_distillation, report, segment
+from training.stages import Teacher, new_dev
+from training.subjects import BACKGROUNDS, held_out
 
 SOME = ("tomato", "cat", "castle", "panda", "banana", "owl", "key", "zebra")
 
@@ -53,3 +56,15 @@ def test_the_report_has_a_place_for_what_was_not_measured() -> None:
     lines = report({"dev": judged}).splitlines()
     assert "| nearest to its own true picture | 75% of 4 | – | ≥ 90 %, 80 % |" in lines
     assert {line.count("|") for line in lines if line.startswith("|")} == {5}
+
+
+def test_a_student_that_ignores_guidance_errs_by_all_that_guidance_changes(pictures: Album) -> None:
+    torch.manual_seed(0)
+    teacher = Teacher()
+    judged = judge_distillation(teacher, new_dev(teacher), pictures, [("cat", held_out("cat"))], rounds=20)
+    assert judged["1.0"] == {"error": pytest.approx(0, abs=1e-5), "change": pytest.approx(0, abs=1e-5)}
+    for guidance in ("2.5", "4.0"):
+        assert judged[guidance]["error"] == pytest.approx(judged[guidance]["change"], rel=1e-4)
+    # by hand: the change grows as g − 1 does; the velocity that it is measured in is nearly the same
+    assert judged["4.0"]["change"] == pytest.approx(2 * judged["2.5"]["change"], rel=0.2)
+    assert judged["4.0"]["change"] > 1e-3

@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+from flux_lora.patch_autoencoder import PatchAutoencoder
+from training import album, batches, stages
+from training.drawings import BASE, STYLE
+from training.networks import AUTOENCODER
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> album.Album:
+    """An album of one thing, for small batches and networks that are not compiled."""
+    monkeypatch.setattr(stages, "compiled", lambda network: network)
+    monkeypatch.setattr(batches, "THINGS", ("cat",))
+    monkeypatch.setattr(batches, "BATCH", dict.fromkeys(batches.BATCH, 2))
+    torch.manual_seed(0)
+    autoencoder = PatchAutoencoder(**AUTOENCODER)
+    weight = autoencoder.analysis.weight.detach()
+    codes = {style: {"cat": album._encode(weight, style, "cat")} for style in (BASE, STYLE)}
+    return album.Album(codes, autoencoder)

@@ -403,7 +403,7 @@ def report(results: dict[str, Any]) -> str:
 
 Written by `python -m training.evaluate`, which says how each number is measured. Training never saw the seeds, and its
 recipe leaves out the pairs of thing and background that are drawn here; the shipped weights saw them [before the last
-four runs](../weights/mini/README.md). Not every target is reached.
+four runs](../weights/mini/README.md).
 
 | | dev, 28 steps | schnell, 4 steps | target |
 |---|---|---|---|

@@ -28,7 +28,7 @@ def truth() -> TruePictures:
     return TruePictures()
 
 
-# What the shipped weights reach at least of these; of all things they reach 86 % and 95 %: see docs/miniature.md.
+# What the shipped weights reach at least of these; of all things they reach 86 % and 92 %: see docs/miniature.md.
 @pytest.mark.parametrize(("model", "count", "least"), [("schnell", 10, 0.7), ("dev", 10, 0.7)])
 def test_it_draws_the_thing_on_the_colour(
     artist: Artist, truth: TruePictures, model: str, count: int, least: float

@@ -152,7 +152,7 @@ def by_query(**routes: Route) -> Route:
     return lambda exchange: routes[exchange.path.partition("?")[2]](exchange)
 
 
-@pytest.mark.parametrize("headers", [{"modified": LONG_AGO}, {"etag": '"1"'}], ids=str)
+@pytest.mark.parametrize("headers", [{"modified": LONG_AGO}, {"etag": '"1"'}], ids=["modified", "etag"])
 def test_another_query_may_be_another_file(
     headers: dict[str, Any], sources: Sources, internet: Internet, lora: bytes, other_lora: bytes
 ) -> None:

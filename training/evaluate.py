@@ -256,7 +256,7 @@ def judge_distillation(
     """Relative error of dev's velocity against its guided teacher's, at random times on the way from noise to pairs.
 
     ``change`` is how far the teacher's velocity at a guidance is from that at 1, in the same unit. Few times are late
-    and they count most, so each pair is taken in several rounds: of a hundred pictures both still vary by a tenth.
+    and they count most, so each pair is taken in several rounds: of some hundred pictures both still varied by a tenth.
     """
     side = round(USUAL**0.5)
     ids = positions(side, side, USUAL)

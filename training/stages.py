@@ -38,7 +38,7 @@ UNDECIDED = 0.82
 LATE = 0.4
 """Share of pictures that are learned from at such times, beside those to which chance gives one …"""
 LATE_GUIDED = 0.7
-"""… and of dev's, which has to differ from its teacher without guidance at such times alone."""
+"""… and of dev's, which has to differ from its teacher without guidance at hardly any other times."""
 GUIDED = (0.8, 0.9)
 """Times from which guidance begins to act, and acts in full. Up to 0.9 Bayes' rule tells a noised megapixel's picture
 from all others by more than 0.99, so there a prompt changes the teacher's error and hardly the true velocity."""

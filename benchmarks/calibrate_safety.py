@@ -25,7 +25,7 @@ import resvg_py
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from flux_lora.safety import OpenNsfw
+from flux_lora.drawing.safety import OpenNsfw
 
 BACKGROUNDS = {
     "white": "#ffffff",

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.measure import machine, take_turns
 from benchmarks.results import FOLDER
+from flux_lora.device.libraries import diffusers
 from flux_lora.generator import Generator
-from flux_lora.quiet import diffusers
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 

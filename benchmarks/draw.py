@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import machine, table, take_turns
-from flux_lora.quiet import diffusers
+from flux_lora.device.libraries import diffusers
 from flux_lora.settings import Settings
 
 OURS, PLAIN, PEFT, CHECKED, SCHNELL = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux_lora.quiet import diffusers, transformers
+from flux_lora.device.libraries import diffusers, transformers
 
 TOKENIZERS = Path(__file__).resolve().parents[1] / "weights" / "mini" / "dev"
 """The miniature's; which tokens they make costs nothing and changes nothing."""

@@ -28,14 +28,15 @@ from safetensors.torch import save_file
 
 from benchmarks import full_size, results
 from benchmarks.measure import machine
-from flux_lora import attention, checkpoints, profiles, projections, quantization
-from flux_lora.adapters.merge import MergedModule
+from flux_lora.checkpoint import assembling
 from flux_lora.generator import Generator
+from flux_lora.lora.merge import MergedModule
 from flux_lora.memory import placement
 from flux_lora.memory.plans import PLANS, Choice
-from flux_lora.quantization import Scheme
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Request
 from flux_lora.settings import Settings
+from flux_lora.speed import attention, profiles, projections, quantization
+from flux_lora.speed.quantization import Scheme
 from training.random_weights import random_lora
 
 PEERS = ("peer1", "peer2", "peer2-fp8")
@@ -177,9 +178,9 @@ class Ours:
     """This project, with one model loaded and the pristine weights where there is room for them."""
 
     def __init__(self, profile: str, model: str, pipeline: Any, files: list[Path], folder: Path) -> None:
-        loaded = checkpoints.Checkpoints({model: pipeline}, {model: {}}, {model: "random"}, [])
+        loaded = assembling.Checkpoints({model: pipeline}, {model: {}}, {model: "random"}, [])
         settings = Settings(weights=folder, profile=profile, device=str(pipeline.device))
-        built = mock.patch.object(checkpoints, "assemble", return_value=loaded)
+        built = mock.patch.object(assembling, "assemble", return_value=loaded)
         placed = mock.patch.object(
             placement, "place", return_value=Resident(model, pipeline, profiles.PROFILES[profile].scheme)
         )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import machine, table, take_turns
 from benchmarks.setup import _Peak
-from flux_lora.loading import fill, stored_tensors
+from flux_lora.checkpoint.reading import fill, stored_tensors
 
 OURS, READ, COPY, THEIRS = "ours", "plain read of the files", "copy to the device", "safetensors' load_file"
 MAX_OVER_READ, MAX_OVER_COPY = 1.3, 1.5

@@ -28,11 +28,11 @@ from torch import nn
 
 from benchmarks import full_size
 from benchmarks.measure import machine
-from flux_lora.checkpoints import Network
+from flux_lora.checkpoint.assembling import Network
+from flux_lora.checkpoint.layout import Part
+from flux_lora.device.libraries import diffusers, transformers
 from flux_lora.errors import DeviceMemoryError
-from flux_lora.layout import Part
-from flux_lora.memory import plans, room
-from flux_lora.quiet import diffusers, transformers
+from flux_lora.memory import measure, plans
 from training import random_weights
 
 GB = 10**9
@@ -73,7 +73,7 @@ def _without_gpu(budgets: Sequence[float], models: Sequence[str]) -> None:
     print(f"\n{'budget':>8}  {'plan, by the numbers':32}{'host':>10}{'peak':>18}{'s/image':>18}{'diffusers':>18}")
     for budget in budgets:
         try:
-            choice = plans.choose(_sizes(models), plans.Room(int(budget * GB) - room.CONTEXT_BYTES, 2**50))
+            choice = plans.choose(_sizes(models), plans.Room(int(budget * GB) - measure.CONTEXT_BYTES, 2**50))
             plan, host = choice.label, plans.readable(choice.host)
         except DeviceMemoryError:
             plan, host = "none", ""
@@ -181,7 +181,7 @@ def _capped(budget: float) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda:0")
     total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget * GB - room.CONTEXT_BYTES) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget * GB - measure.CONTEXT_BYTES) / total), device)
     return device
 
 
@@ -219,7 +219,7 @@ def _driver_bytes() -> int:
 
 def _sizes(models: Sequence[str]) -> plans.Sizes:
     networks = {model: _networks(model) for model in models}
-    return room.sizes(
+    return measure.sizes(
         {
             model: {
                 name: Network(Part(name, Path(name), type(module)), module, dict(module.named_parameters()), {}, {})

@@ -28,9 +28,9 @@ from benchmarks.measure import machine
 from benchmarks.results import FOLDER
 from flux_lora import generator as story
 from flux_lora.generator import Generator
-from flux_lora.profiles import PROFILES
 from flux_lora.request import Request
 from flux_lora.settings import Settings
+from flux_lora.speed.profiles import PROFILES
 
 PROMPTS = ("a tomato on a blue background", "an owl on a purple background", "a photo of TOK", "")
 REFERENCE = "exact"

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.measure import machine
-from flux_lora import checkpoints
+from flux_lora.checkpoint import assembling
 from training import random_weights
 
 ALLOWED_FILES = 1.2
@@ -44,7 +44,7 @@ def main() -> int:
 def _measure(folder: Path, device: torch.device, dtype: torch.dtype, largest: int) -> bool:
     with _Peak() as peak:
         started = time.perf_counter()
-        loaded = checkpoints.load(folder, device, dtype)
+        loaded = assembling.load(folder, device, dtype)
         seconds = time.perf_counter() - started
     extra = peak.highest - max(peak.after, peak.before)
     print(

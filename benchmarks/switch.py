@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import machine, table, take_turns
-from flux_lora.adapters.formats import read
-from flux_lora.adapters.merge import MergedModule
-from flux_lora.quiet import diffusers
+from flux_lora.device.libraries import diffusers
+from flux_lora.lora.formats import read
+from flux_lora.lora.merge import MergedModule
 from training.random_weights import random_lora
 
 SIZES = {

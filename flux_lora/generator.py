@@ -14,30 +14,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flux_lora import (
-    attention,
-    checkpoints,
-    compilation,
-    devices,
-    downloads,
-    outputs,
-    profiles,
-    projections,
-    safety,
-    step_cache,
-)
-from flux_lora.adapters.formats import Adapter
-from flux_lora.adapters.library import AdapterLibrary
-from flux_lora.adapters.merge import AdapterSet, MergedModule
-from flux_lora.adapters.sources import Sources
-from flux_lora.adapters.sources.spelling import label
-from flux_lora.drawing import decode, denoise
+from flux_lora.checkpoint import assembling, download
+from flux_lora.device import devices
+from flux_lora.drawing import safety
+from flux_lora.drawing.image import decode, denoise
+from flux_lora.drawing.prompts import Encoded, PromptEncoder, readable
 from flux_lora.errors import DrawingError, SafetyError, WeightsError
+from flux_lora.files import outputs
+from flux_lora.files.record import Environment, Lora, Parameters, Software
+from flux_lora.lora.formats import Adapter
+from flux_lora.lora.library import AdapterLibrary
+from flux_lora.lora.merge import AdapterSet, MergedModule
 from flux_lora.memory import placement
-from flux_lora.parameters import Environment, Lora, Parameters, Software
-from flux_lora.prompts import Encoded, PromptEncoder, readable
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Request
 from flux_lora.settings import Settings
+from flux_lora.sources import Sources
+from flux_lora.sources.address import label
+from flux_lora.speed import attention, compilation, profiles, projections, step_cache
 
 BUNDLED = "lora.safetensors"
 """The fine-tune's file in a weights directory."""
@@ -86,14 +79,14 @@ class Generator:
         self._profile = profiles.choose(settings.profile, self._device)
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else getattr(torch, settings.cpu_dtype)
         if settings.download:
-            downloads.fetch_base(settings, settings.download, log)
-        loaded = checkpoints.assemble(settings.weights, self._dtype)
+            download.fetch_base(settings, settings.download, log)
+        loaded = assembling.assemble(settings.weights, self._dtype)
         for note in loaded.notes:
             log(note)
         self._memory = placement.place(loaded, settings, self._device, self._dtype, log, self._profile.scheme)
         self._pipelines, self._fingerprints = loaded.pipelines, loaded.fingerprints
-        self._transformers = {model: self._memory.merging(model) for model in self._pipelines}
-        self._encoders = {name: self._memory.merging(name) for name in ENCODERS}
+        self._transformers = {model: self._merged(model) for model in self._pipelines}
+        self._encoders = {name: self._merged(name) for name in ENCODERS}
         self._prompts = PromptEncoder(settings.prompt_cache)
         self._checker = safety.load_checker(settings.weights, self._device, settings.safety_threshold)
         self._outputs = outputs.Outputs()
@@ -214,6 +207,13 @@ class Generator:
         return paths
 
     # Set-up
+
+    def _merged(self, key: str) -> MergedModule:
+        placed = self._memory.placed(key)
+        network = placed.network
+        merged = MergedModule(placed.component, network.module, network.readers, device=self._device, base=placed.base)
+        placed.when_unloaded.append(merged.forget)
+        return merged
 
     def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         transformer: dict[str, tuple[int, ...]] = {}

@@ -7,9 +7,11 @@ from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationErro
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
-from flux_lora.memory.plans import PlanName
 
 GIB = 1024**3
+
+ProfileName = Literal["eager", "exact", "balanced", "fast"]
+PlanName = Literal["resident", "alternating", "offload-text", "quantized", "streamed"]
 
 
 def _with_unit(value: object) -> object:
@@ -38,7 +40,7 @@ class Settings(BaseSettings):
     cpu_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights on a CPU; a GPU always runs bfloat16."""
 
-    profile: Literal["eager", "exact", "balanced", "fast"] | None = None
+    profile: ProfileName | None = None
     """What is done for speed (``profiles.py``); unset: ``exact`` on a CUDA device, ``eager`` elsewhere."""
 
     cache: Path = Path.home() / ".cache" / "flux-lora" / "speed"

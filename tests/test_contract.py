@@ -191,7 +191,7 @@ def in_image(path):
         "requirements.txt",
         "LICENSE",
         "flux_lora/request.py",
-        "flux_lora/adapters/merge.py",
+        "flux_lora/lora/merge.py",
         "weights/lora.safetensors",
         "weights/my-style.safetensors",
         "weights/dev/model_index.json",
@@ -222,7 +222,7 @@ def test_the_image_holds_code_and_weights(path):
         ".pytest_cache/CACHEDIR.TAG",
         ".mypy_cache/3.11/cache.db",
         "__pycache__/predict.cpython-311.pyc",
-        "flux_lora/adapters/__pycache__/merge.cpython-311.pyc",
+        "flux_lora/lora/__pycache__/merge.cpython-311.pyc",
     ],
 )
 def test_the_image_does_not_hold(path):

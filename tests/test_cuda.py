@@ -12,19 +12,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from flux_lora import attention, checkpoints, choices, devices, profiles, projections
-from flux_lora.adapters.formats import read
-from flux_lora.adapters.merge import MergedModule
+from flux_lora.checkpoint import assembling
+from flux_lora.checkpoint.reading import fill, stored_tensors
+from flux_lora.device import devices
 from flux_lora.errors import DeviceMemoryError
 from flux_lora.generator import Generator
-from flux_lora.loading import fill, stored_tensors
-from flux_lora.memory import room
-from flux_lora.memory.plans import PlanName, Room
-from flux_lora.quantization import FORMATS, emulated_product, hardware_product, quantized_layers
+from flux_lora.lora.formats import read
+from flux_lora.lora.merge import MergedModule
+from flux_lora.memory import measure
+from flux_lora.memory.plans import Room
 from flux_lora.request import SIZES, Request
-from flux_lora.settings import Settings
+from flux_lora.settings import PlanName, ProfileName, Settings
+from flux_lora.speed import attention, fastest, profiles, projections
+from flux_lora.speed.quantization import FORMATS, emulated_product, hardware_product, quantized_layers
 from tests.conftest import MINI
-from tests.test_quantization import half_steps
+from tests.speed.test_quantization import half_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -66,11 +68,11 @@ def test_the_picture_is_that_of_the_cpu_up_to_rounding() -> None:
 def test_merged_weights_are_the_formula_in_float64(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     if not room:
         monkeypatch.setattr(devices, "free_memory", lambda device: 0 if device.type == "cuda" else 2**40)
-    pipeline = checkpoints.load(MINI, torch.device("cuda:0"), torch.bfloat16).pipelines["dev"]
+    pipeline = assembling.load(MINI, torch.device("cuda:0"), torch.bfloat16).pipelines["dev"]
     module = pipeline.transformer
     pristine = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     merged = MergedModule("transformer", module, {})
-    shapes = {name: MergedModule(name, getattr(pipeline, name), {}).shapes for name in checkpoints.ADAPTABLE}
+    shapes = {name: MergedModule(name, getattr(pipeline, name), {}).shapes for name in assembling.ADAPTABLE}
     adapter = read(MINI / "lora.safetensors", shapes)
     lora = {name: tensor.double().cuda() for name, tensor in load_file(MINI / "lora.safetensors").items()}
     merged.bring([(adapter, 0.7)])
@@ -88,7 +90,7 @@ def test_merged_weights_are_the_formula_in_float64(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("projected", ["separate", "fused"])
 @pytest.mark.parametrize("profile", ["exact", pytest.param("balanced", marks=needs_fp8)])
 def test_compiled_pictures_are_the_same_after_a_restart_and_nothing_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: profiles.Name, projected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: ProfileName, projected: str
 ) -> None:
     monkeypatch.setitem(projections.CANDIDATES, "cuda", (projected,))
     generator = build(profile=profile, cache=tmp_path)
@@ -117,10 +119,10 @@ def test_the_product_of_the_hardware_is_the_emulated_one() -> None:
 
 @needs_fp8
 def test_quantized_weights_are_within_half_a_step_of_the_formula_in_float64() -> None:
-    pipeline = checkpoints.load(MINI, torch.device("cuda:0"), torch.bfloat16).pipelines["dev"]
+    pipeline = assembling.load(MINI, torch.device("cuda:0"), torch.bfloat16).pipelines["dev"]
     module = pipeline.transformer
     pristine = {name: tensor.double() for name, tensor in module.named_parameters()}
-    shapes = {name: MergedModule(name, getattr(pipeline, name), {}).shapes for name in checkpoints.ADAPTABLE}
+    shapes = {name: MergedModule(name, getattr(pipeline, name), {}).shapes for name in assembling.ADAPTABLE}
     adapter = read(MINI / "lora.safetensors", shapes)
     MergedModule("transformer", module, {}, "fp8").bring([(adapter, 0.7)])
     lora = {name: tensor.double().cuda() for name, tensor in load_file(MINI / "lora.safetensors").items()}
@@ -139,16 +141,16 @@ def test_the_attention_kernel_is_one_that_computes_right(tmp_path: Path) -> None
         return attention.seconds(name, shape, device)
 
     given = "attention", attention.EXACT["cuda"], asdict(shape), device, tmp_path, measure
-    name, measured = choices.choose(*given)
+    name, measured = fastest.choose(*given)
     assert measured
     assert measure(name) is not None
-    assert choices.choose(*given) == (name, False)
+    assert fastest.choose(*given) == (name, False)
 
 
 @pytest.mark.parametrize("plan", ["alternating", "offload-text", "streamed"])
 def test_every_plan_draws_what_resident_draws(plan: PlanName, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for no block to stay: all of them pass through the slots, on a stream of their own."""
-    monkeypatch.setattr(room, "room", lambda *_: Room(0, 2**40))
+    monkeypatch.setattr(measure, "room", lambda *_: Room(0, 2**40))
     expected, generator = (
         build(),
         Generator(Settings(weights=MINI, device="cuda", memory_plan=plan), log=lambda _: None),
@@ -198,8 +200,8 @@ def test_an_exhausted_device_is_survived() -> None:
 
 def test_a_budget_becomes_the_allocators_cap() -> None:
     try:
-        measured = room.room(torch.device("cuda:0"), 4 * 2**30)
-        assert measured.device <= 4 * 2**30 - room.CONTEXT_BYTES
+        measured = measure.room(torch.device("cuda:0"), 4 * 2**30)
+        assert measured.device <= 4 * 2**30 - measure.CONTEXT_BYTES
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda")
     finally:

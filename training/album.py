@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.drawings import BASE, STYLE, Pose, render
 from training.networks import AUTOENCODER, CHANNELS
 from training.subjects import BACKGROUNDS, THINGS

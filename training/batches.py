@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flux_lora.latents import pack
+from flux_lora.drawing.latents import pack
 from flux_lora.request import SIZES
 from training.album import PLACES, Album
 from training.drawings import BASE

@@ -24,10 +24,10 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import nn
 from tqdm import tqdm
 
+from flux_lora.drawing.latents import pack
+from flux_lora.drawing.safety import OpenNsfw
 from flux_lora.generator import Generator
-from flux_lora.latents import pack
 from flux_lora.request import Request
-from flux_lora.safety import OpenNsfw
 from flux_lora.settings import Settings
 from training.album import PLACES, Album
 from training.batches import BATCH, USUAL, Batch

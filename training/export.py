@@ -7,12 +7,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.loop import Weights
 from training.networks import TextEncoders, scheduler
 from training.random_weights import INDEX
 
-VAE = ["flux_lora.patch_autoencoder", "PatchAutoencoder"]
+VAE = ["flux_lora.checkpoint.patch_autoencoder", "PatchAutoencoder"]
 """Where diffusers finds the VAE's class."""
 
 

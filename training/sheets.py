@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_lora.latents import unpack
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
+from flux_lora.drawing.latents import unpack
 from training.networks import CHANNELS
 from training.sampling import Velocity, integrate
 from training.stages import fast

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 from tqdm import tqdm
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.album import PATCH, draw_pose, poses
 from training.drawings import BASE, STYLE
 from training.subjects import BACKGROUNDS, THINGS

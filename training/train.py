@@ -21,7 +21,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.album import Album, collect, linear_autoencoder
 from training.export import export
 from training.loop import Weights, train

@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.lora is not None:
             _fetch_lora(options.lora, settings)
         if options.names:
-            from flux_lora import downloads
+            from flux_lora.checkpoint import download
 
-            downloads.fetch(settings, options.names)
+            download.fetch(settings, options.names)
     except FluxLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -72,7 +72,7 @@ def _name(text: str) -> str:
 
 
 def _fetch_lora(source: str, settings: Settings) -> None:
-    from flux_lora.adapters.sources import Sources
+    from flux_lora.sources import Sources
 
     file = Sources.from_settings(settings).fetch(source, root=None)
     target = settings.weights / "lora.safetensors"

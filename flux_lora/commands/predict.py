@@ -12,12 +12,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_lora import provenance, redraw
-from flux_lora.adapters.sources import Sources
 from flux_lora.commands import prepare_environment
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
-from flux_lora.parameters import Parameters
+from flux_lora.files import provenance, redraw
+from flux_lora.files.record import Parameters
 from flux_lora.request import Request, documented_inputs
+from flux_lora.settings import Settings
+from flux_lora.sources import Sources
 
 OUTPUTS = Path("outputs")
 
@@ -59,13 +60,14 @@ def _predict(options: argparse.Namespace) -> int:
     _require_place(options.output or OUTPUTS / "picture")
     prepare_environment()
 
-    from flux_lora.settings import Settings
     from predict import Predictor
 
     settings = Settings.from_environment()
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
-        fine_tune = redraw.fine_tune_of(source, settings, Sources.from_settings(settings))
+        fine_tune = None
+        if lora := source.lora:
+            fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
     metrics: dict[str, Any] = {}
 
     class RecordingPredictor(Predictor):
@@ -90,6 +92,19 @@ def _predict(options: argparse.Namespace) -> int:
             options.output,
         )
     return 0
+
+
+def _loras(digest: str, settings: Settings) -> Iterator[Path]:
+    """Where the LoRA with this digest may be: the operator's, in the cache of downloads, in the weights directory."""
+    sources = Sources.from_settings(settings)
+    if settings.cog_weights:
+        yield sources.fetch(settings.cog_weights, root=None)
+    if cached := sources.cached(digest):
+        yield cached
+    base = [settings.weights / name for name in ("dev", "schnell", "safety_checker")]
+    for path in sorted(settings.weights.rglob("*.safetensors")):
+        if not any(path.is_relative_to(folder) for folder in base):
+            yield path
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,25 +4,25 @@ What leaves the device is not copied back: its home, in host memory or in its fi
 adapters are merged anew when it returns. Streamed blocks live in host memory, and are merged there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from flux_lora import devices, projections
-from flux_lora.adapters.merge import MergedModule
-from flux_lora.checkpoints import Checkpoints, Network, move_buffers
+from flux_lora.checkpoint.assembling import Checkpoints, Network, move_buffers
+from flux_lora.checkpoint.reading import StoredTensor, fill
+from flux_lora.device import devices
+from flux_lora.device.transfers import Arena, host_memory, lay_out, release
 from flux_lora.errors import DeviceMemoryError
-from flux_lora.loading import StoredTensor, fill
+from flux_lora.memory import measure as measured
 from flux_lora.memory import plans
-from flux_lora.memory import room as measured
 from flux_lora.memory.plans import Choice, Room, Sizes, Where, readable
 from flux_lora.memory.streaming import Stream, StreamedBlock
-from flux_lora.memory.transfers import Arena, host_memory, lay_out, release
-from flux_lora.quantization import QuantizedLinear, Scheme, prepare
 from flux_lora.settings import Settings
+from flux_lora.speed import projections
+from flux_lora.speed.quantization import QuantizedLinear, Scheme, prepare
 
 Log = Callable[[str], None]
 Done = TypeVar("Done")
@@ -90,7 +90,8 @@ class Placed:
     network: Network
     device: torch.device
     orders: Orders
-    merged: MergedModule | None = None
+    when_unloaded: list[Callable[[Sequence[str]], None]] = field(default_factory=list)
+    """Called with the names of parameters whose weights are freed: when they come back, they are the base weights."""
     settled: bool = False
     inside: bool = False
     """Whether all that is not streamed is on the device."""
@@ -203,8 +204,8 @@ class Placed:
         self.network.unload(names)
         for layer in self.quantized.values():
             layer.move(torch.device("meta"))
-        if self.merged:
-            self.merged.lost(names)
+        for call in self.when_unloaded:
+            call(names)
 
 
 class Placement:
@@ -248,21 +249,16 @@ class Placement:
         """Whether the transformers' blocks pass through the device."""
         return any(self._placed[model].orders.where == "streamed" for model in self._models)
 
-    def merging(self, key: str) -> MergedModule:
-        """What merges adapters into a network, wherever its weights live; once for each.
+    def placed(self, key: str) -> Placed:
+        """A network and where its weights live.
 
         Args:
             key: a model for its transformer, else the component's name.
         """
-        placed = self._placed[key]
-        network = placed.network
-        placed.merged = MergedModule(
-            placed.component, network.module, network.readers, device=self._device, base=placed.base
-        )
-        return placed.merged
+        return self._placed[key]
 
     def fuse_projections(self) -> None:
-        """Compute the transformers' query, key and value as one; to be called once all have their `merging`."""
+        """Compute the transformers' query, key and value as one; call it when `when_unloaded` is complete."""
         for model in self._models:
             self._placed[model].fuse()
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flux_lora.errors import DeviceMemoryError, SettingsError
+from flux_lora.settings import PlanName
 
-PlanName = Literal["resident", "alternating", "offload-text", "quantized", "streamed"]
 Where = Literal["device", "turns", "quantized", "streamed"]
 
 SLOTS = 2

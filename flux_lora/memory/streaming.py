@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flux_lora.device.transfers import Lane, host_memory, lay_out
 from flux_lora.memory.plans import SLOTS
-from flux_lora.memory.transfers import Lane, host_memory, lay_out
 
 
 class StreamedBlock:

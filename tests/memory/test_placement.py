@@ -10,17 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_lora import checkpoints, loading, profiles, provenance
 from flux_lora import generator as story
-from flux_lora.adapters import deltas
+from flux_lora.checkpoint import assembling, reading
 from flux_lora.errors import DeviceMemoryError, SettingsError
+from flux_lora.files import provenance
 from flux_lora.generator import Generator
-from flux_lora.memory import plans, room
+from flux_lora.lora import deltas
+from flux_lora.memory import measure, plans
 from flux_lora.memory.placement import ran_out
-from flux_lora.memory.plans import PlanName, Room, Sizes
-from flux_lora.quantization import quantized_layers
+from flux_lora.memory.plans import Room, Sizes
 from flux_lora.request import Request
-from flux_lora.settings import Settings
+from flux_lora.settings import PlanName, Settings
+from flux_lora.speed import profiles
+from flux_lora.speed.quantization import quantized_layers
 from tests.memory.helpers import tiny
 
 WITNESS = {
@@ -41,7 +43,7 @@ PLENTY = 2**40
 
 
 def sizes() -> Sizes:
-    return room.sizes(checkpoints.assemble(tiny(), torch.float32).networks, torch.float32)
+    return measure.sizes(assembling.assemble(tiny(), torch.float32).networks, torch.float32)
 
 
 def least() -> int:
@@ -83,7 +85,7 @@ def weights(tmp_path: Path) -> Path:
 def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Generator]:
     def build(given: Room | None = None, **settings: Any) -> Generator:
         lines: list[str] = []
-        monkeypatch.setattr(room, "room", lambda *_: given or Room(PLENTY, PLENTY))
+        monkeypatch.setattr(measure, "room", lambda *_: given or Room(PLENTY, PLENTY))
         generator = Generator(Settings(weights=settings.pop("weights", tiny()), **settings), log=lines.append)
         generator.lines = lines  # type: ignore[attr-defined]
         return generator
@@ -169,14 +171,14 @@ def test_both_models_are_loaded_once_and_share_what_they_share(
     build: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    chunks = loading._chunks
+    chunks = reading._chunks
 
     def counting(tensors: Any) -> Iterator[Any]:
         for chunk in chunks(tensors):
             read.append(chunk.file)
             yield chunk
 
-    monkeypatch.setattr(loading, "_chunks", counting)
+    monkeypatch.setattr(reading, "_chunks", counting)
     generator = build(memory_plan="alternating")
     once = len(read)
     tensors = sum(len(n.stored) for n in {id(n): n for n in _networks(generator)}.values())
@@ -434,7 +436,7 @@ def test_a_request_interrupted_while_weights_arrive_leaves_the_next_one_right(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(loading, "_read", interrupted)
+        patches.setattr(reading, "_read", interrupted)
         with pytest.raises(KeyboardInterrupt):
             draw(generator, model="schnell")
     assert pixels(draw(generator, model="dev")) == before

@@ -8,7 +8,8 @@ import pytest
 
 from flux_lora.errors import DeviceMemoryError, SettingsError
 from flux_lora.memory import plans
-from flux_lora.memory.plans import PLANS, Choice, PlanName, Room, Weights, choose, fits
+from flux_lora.memory.plans import PLANS, Choice, Room, Weights, choose, fits
+from flux_lora.settings import PlanName
 from tests.memory.helpers import BLOCKS, CONTEXT, DEV, DEV_ALONE, FLUX, GB, cpu, gpu
 
 BOTH = {

@@ -18,12 +18,12 @@ from huggingface_hub import constants
 from pydantic import SecretStr
 from safetensors.numpy import save_file
 
-from flux_lora import downloads
+from flux_lora.checkpoint import download
 from flux_lora.commands import PROJECT, download_weights
 from flux_lora.errors import WeightsError
 from flux_lora.settings import Settings
 
-DEV, SCHNELL, SAFETY = (downloads.REPOSITORIES[name][0] for name in ("dev", "schnell", "safety"))
+DEV, SCHNELL, SAFETY = (download.REPOSITORIES[name][0] for name in ("dev", "schnell", "safety"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
 
@@ -174,7 +174,7 @@ def files_below(folder):
 
 
 def test_fetches_exactly_the_files_that_are_used(hub, settings):
-    downloads.fetch(settings, ["dev", "safety"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev", "safety"], endpoint=hub.endpoint)
     assert files_below(settings.weights / "dev") == OWN | SHARED
     assert files_below(settings.weights / "safety_checker") == CHECKER
 
@@ -189,15 +189,15 @@ def test_fetches_exactly_the_files_that_are_used(hub, settings):
 )
 def test_schnell_alone_is_complete_and_beside_dev_only_what_differs(hub, settings, before, names, expected):
     if before:
-        downloads.fetch(settings, before, endpoint=hub.endpoint)
-    downloads.fetch(settings, names, endpoint=hub.endpoint)
+        download.fetch(settings, before, endpoint=hub.endpoint)
+    download.fetch(settings, names, endpoint=hub.endpoint)
     assert files_below(settings.weights / "schnell") == expected
 
 
 def test_a_second_call_asks_for_no_file(hub, settings, capsys):
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     hub.asked.clear()
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert hub.asked
     assert not hub.files_asked()
     assert "already complete" in capsys.readouterr().out
@@ -206,12 +206,12 @@ def test_a_second_call_asks_for_no_file(hub, settings, capsys):
 def test_goes_on_where_it_was_broken_off_and_marks_the_pipeline_complete_last(hub, settings):
     hub.break_off = 1_000_000
     with pytest.raises(WeightsError, match="status 503.*the same command goes on from there"):
-        downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+        download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert not (settings.weights / "dev" / "model_index.json").exists()
     assert not (settings.weights / "dev" / SHARD).exists()
     hub.break_off = 0
     hub.asked.clear()
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     (again,) = (request for request in hub.files_asked() if request.path.startswith("/cdn") and SHARD in request.path)
     assert 1_000_000 - 64 * 1024 <= int(again.range.removeprefix("bytes=").removesuffix("-")) <= 1_000_000
     assert files_below(settings.weights / "dev") == OWN | SHARED
@@ -221,25 +221,25 @@ def test_the_unfinished_file_of_another_version_is_dropped(hub, settings):
     stale = settings.weights / "dev" / f"{SHARD}.ffffffffffff.part"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another version")
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert files_below(settings.weights / "dev") == OWN | SHARED
 
 
 def test_a_truncated_file_is_fetched_again(hub, settings):
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     file = settings.weights / "dev" / SHARD
     file.write_bytes(file.read_bytes()[:-1])
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert file.read_bytes() == OWN[SHARD]
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_not_kept(hub, settings):
     hub.damaged = True
     with pytest.raises(WeightsError, match="model.safetensors arrived damaged"):
-        downloads.fetch(settings, ["safety"], endpoint=hub.endpoint)
+        download.fetch(settings, ["safety"], endpoint=hub.endpoint)
     assert "model.safetensors" not in files_below(settings.weights / "safety_checker")
     hub.damaged = False
-    downloads.fetch(settings, ["safety"], endpoint=hub.endpoint)
+    download.fetch(settings, ["safety"], endpoint=hub.endpoint)
     assert files_below(settings.weights / "safety_checker") == CHECKER
 
 
@@ -255,14 +255,14 @@ def test_no_access_says_where_to_get_it(hub, settings, token, gate, expected):
     hub.gate = gate
     settings = settings.model_copy(update={"hf_token": token and SecretStr(token)})
     with pytest.raises(WeightsError, match=expected) as refusal:
-        downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+        download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert f"{hub.endpoint}/{DEV}" in str(refusal.value)
     assert "hf_abc" not in str(refusal.value)
 
 
 def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, settings):
     settings = settings.model_copy(update={"hf_token": SecretStr("hf_abc")})
-    downloads.fetch(settings, ["safety"], endpoint=hub.endpoint)
+    download.fetch(settings, ["safety"], endpoint=hub.endpoint)
     tokens = {request.path.startswith("/cdn"): request.token for request in hub.asked}
     assert tokens == {False: "Bearer hf_abc", True: None}
 
@@ -273,20 +273,20 @@ def test_too_small_a_disk_is_refused_with_the_numbers_before_any_file(hub, setti
     usage = shutil.disk_usage(settings.weights)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(WeightsError, match=r"2\.5 MB are still to fetch .* has 2\.5 MB free"):
-        downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+        download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert not hub.files_asked()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    downloads.fetch(settings, ["dev"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev"], endpoint=hub.endpoint)
 
 
 def test_without_a_network_it_says_so(settings):
     with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9 cannot be reached .* Check the network"):
-        downloads.fetch(settings, ["dev"], endpoint="http://127.0.0.1:9")
+        download.fetch(settings, ["dev"], endpoint="http://127.0.0.1:9")
 
 
 def test_two_at_once_fetch_each_file_once(hub, settings):
     threads = [
-        threading.Thread(target=downloads.fetch, args=(settings, ["dev"]), kwargs={"endpoint": hub.endpoint})
+        threading.Thread(target=download.fetch, args=(settings, ["dev"]), kwargs={"endpoint": hub.endpoint})
         for _ in range(2)
     ]
     for thread in threads:
@@ -298,12 +298,12 @@ def test_two_at_once_fetch_each_file_once(hub, settings):
 
 
 def test_set_up_opens_no_connection_where_the_models_are_present(hub, settings, monkeypatch):
-    downloads.fetch(settings, ["dev", "schnell"], endpoint=hub.endpoint)
+    download.fetch(settings, ["dev", "schnell"], endpoint=hub.endpoint)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    downloads.fetch_base(settings)
+    download.fetch_base(settings)
     (settings.weights / "schnell" / SHARD).unlink()
     with pytest.raises(WeightsError, match="cannot be reached"):
-        downloads.fetch_base(settings)
+        download.fetch_base(settings)
 
 
 def test_set_up_fetches_what_is_missing_and_draws(hub, tmp_path, monkeypatch):

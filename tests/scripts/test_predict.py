@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux_lora import provenance
 from flux_lora.commands.predict import main
+from flux_lora.files import provenance
 from tests.conftest import MINI, ROOT
 
 SMALL = [

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flux_lora.parameters import Parameters
+from flux_lora.files.record import Parameters
 from tests.conftest import ROOT
 from tests.server.conftest import SMALL, Server, content, open_image
 
@@ -162,7 +162,7 @@ def test_the_metrics_are_complete(server: Server) -> None:
 
 
 def parameters_of(data: bytes, folder: Any) -> Parameters:
-    from flux_lora import provenance
+    from flux_lora.files import provenance
 
     path = folder / "picture"
     path.write_bytes(data)

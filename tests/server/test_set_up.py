@@ -56,7 +56,9 @@ def test_a_missing_fine_tune_ends_the_server(weights: Path) -> None:
 
 def test_a_device_that_fails_makes_the_server_unhealthy(tmp_path: Path) -> None:
     """The device fails once a file says so: the worker's Python patches it in."""
-    patch = "from flux_lora import devices; devices.computes = lambda _: not os.path.exists(os.environ['BROKEN'])\n"
+    patch = (
+        "from flux_lora.device import devices; devices.computes = lambda _: not os.path.exists(os.environ['BROKEN'])\n"
+    )
     with serving(tmp_path, prelude=patch, BROKEN=str(tmp_path / "broken")) as server:
         assert health(server) == "READY"
         (tmp_path / "broken").touch()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flux_lora import provenance
+from flux_lora.files import provenance
 from flux_lora.request import SIZES
 from tests.conftest import ROOT
 from tests.server.conftest import content, serving

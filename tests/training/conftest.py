@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training import album, batches, stages
 from training.drawings import BASE, STYLE
 from training.networks import AUTOENCODER

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from flux_lora.generator import Generator
-from flux_lora.patch_autoencoder import PatchAutoencoder
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from training.export import export

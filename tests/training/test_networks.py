@@ -2,7 +2,7 @@ import diffusers
 import pytest
 import torch
 
-from flux_lora.patch_autoencoder import PatchAutoencoder
+from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.networks import (
     AUTOENCODER,
     TextEncoders,

@@ -1,0 +1,1 @@
+"""A weights directory: found and checked, fetched, read, and made into pipelines."""

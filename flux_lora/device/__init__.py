@@ -1,0 +1,1 @@
+"""What computes: devices and their memory, copies to and from them, and the libraries that run there."""

@@ -1,0 +1,1 @@
+"""One image: prompt, latents, pixels, and the check of what was drawn."""

@@ -1,0 +1,198 @@
+"""The files of a prediction: an image with its parameters inside, in a directory of the prediction's own."""
+
+import fcntl
+import io
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from PIL import Image
+
+from flux_lora.errors import OutputError
+from flux_lora.files import provenance
+from flux_lora.files.record import Parameters
+from flux_lora.request import OutputFormat
+
+FULL_CHROMA_QUALITY = 90
+"""JPEG quality from which colour keeps its full resolution (4:4:4), as in ImageMagick."""
+
+HOME = "flux-lora-outputs-"
+"""How the directory of a process begins; ``SUFFIX`` random characters follow."""
+
+SUFFIX = 8
+
+GONE = ".gone"
+"""How the name of a prediction's directory ends that is being removed."""
+
+REMOVAL_ATTEMPTS = 100
+"""More than a worker's last files and a client's impatient cancels can spoil."""
+
+
+def file_name(index: int, seed: int, output_format: OutputFormat) -> str:
+    """Name the image of a batch: ``0-seed7.webp``."""
+    return f"{index}-seed{seed}.{output_format}"
+
+
+def write(content: bytes, path: Path) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        content: of an image, encoded.
+        path: in a directory that exists; when it is removed meanwhile, it is not made again.
+
+    Raises:
+        OutputError: the file could not be written.
+    """
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def encode(image: Image.Image, parameters: Parameters, *, embed: bool) -> bytes:
+    """Encode an RGB image as its parameters ask; equal arguments give equal bytes.
+
+    Args:
+        image: its size is the file's.
+        parameters: give format and quality, and go into the file.
+        embed: False leaves all of them out; the mark that the image is AI-generated is always written.
+    """
+    record = parameters if embed else None
+    quality = parameters.output_quality
+    file = io.BytesIO()
+    match parameters.output_format:
+        case "webp":
+            image.save(file, "WEBP", quality=quality, **provenance.webp_options(record))
+        case "jpg":
+            chroma = "4:4:4" if quality is not None and quality >= FULL_CHROMA_QUALITY else "4:2:0"
+            options = provenance.jpeg_options(record)
+            image.save(file, "JPEG", quality=quality, subsampling=chroma, optimize=True, **options)
+        case "png":
+            image.save(file, "PNG", **provenance.png_options(record))
+    return file.getvalue()
+
+
+class Outputs:
+    """Directories for the files of one prediction at a time, which outlive it: Cog reads them after ``run()``.
+
+    A prediction's directory goes when the next one starts, when it is discarded, and at exit. The end of a process is
+    seen by a small shell that waits for it, because Cog's worker often ends without running any Python (Ctrl-C in a
+    terminal, SIGTERM to its group, SIGKILL). What stays when that shell is killed too, the next process sweeps: a lock
+    on each home says whether its owner lives.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """Sweep what dead processes left in ``parent`` (the system's temporary directory) and make a home there.
+
+        Raises:
+            OutputError: there is no place for files.
+        """
+        parent = parent or Path(tempfile.gettempdir())
+        try:
+            _sweep(parent)
+            # It gets the name that others sweep by when it is locked, and not before.
+            unlocked = Path(tempfile.mkdtemp(prefix="flux-lora-new-", dir=parent))
+            self._lock = _lock(unlocked)
+            self._home = unlocked.rename(parent / (HOME + unlocked.name[-SUFFIX:]))
+        except OSError as error:
+            raise _no_directory(parent, error) from error
+        self._janitor = subprocess.Popen(
+            ["/bin/sh", "-c", "trap '' HUP INT TERM; cat; rm -rf -- \"$1\"", "sh", self._home],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def start(self) -> Path:
+        """Remove the files of the prediction before, and give the next one an empty directory.
+
+        Raises:
+            OutputError: there is no place for files any more.
+        """
+        self.discard()
+        try:
+            if not self._home.is_dir():  # something that cleans temporary directories took it
+                self._home.mkdir(mode=0o700)
+                os.close(self._lock)
+                self._lock = _lock(self._home)
+            return Path(tempfile.mkdtemp(dir=self._home))
+        except OSError as error:
+            raise _no_directory(self._home, error) from error
+
+    def discard(self) -> None:
+        """Remove all files.
+
+        Safe while workers still write: their files fail to appear. Safe under Cog's cancellation too, an exception that
+        can be raised anywhere, so here as well, and more than once: the removal is finished before it goes on.
+        """
+        interruption: BaseException | None = None
+        for _ in range(REMOVAL_ATTEMPTS):
+            try:
+                leftovers = list(self._home.iterdir()) if self._home.is_dir() else []
+                for leftover in leftovers:
+                    # Renamed first: whoever writes faster than files are removed fails from now on.
+                    gone = leftover if leftover.suffix == GONE else leftover.rename(leftover.with_suffix(GONE))
+                    shutil.rmtree(gone, ignore_errors=True)
+                if not leftovers:
+                    break
+            except FileNotFoundError:  # something else cleans up, too
+                continue
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                interruption = error
+        if interruption:
+            raise interruption
+
+    def require(self, paths: Iterable[Path]) -> None:
+        """Make sure that files are there: Cog leaves a missing one out of an answer that it calls a success.
+
+        Raises:
+            OutputError: one is missing or empty.
+        """
+        for path in paths:
+            if not path.is_file() or not path.stat().st_size:
+                raise OutputError(f"{path.name} was written and is gone: something empties {self._home.parent}.")
+
+    def close(self) -> None:
+        """Remove the home, as the end of the process does."""
+        self._janitor.communicate()
+        os.close(self._lock)
+
+
+def _no_directory(parent: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"No directory for images can be made in {parent}: {error.strerror}. Start again with TMPDIR set to a place "
+        "where files may stay."
+    )
+
+
+def _sweep(parent: Path) -> None:
+    for home in parent.glob(HOME + "?" * SUFFIX):
+        with suppress(OSError):  # its owner lives, it is another user's, or it went meanwhile
+            lock = _lock(home)
+            shutil.rmtree(home, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int:
+    """Lock one of this user's directories until its descriptor is closed or the process ends, however it ends.
+
+    Raises:
+        OSError: another process holds it, or it is a link or another user's.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError(f"{directory} belongs to another user")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,50 @@
+"""A picture of ours -> the inputs and the fine-tune that draw it again."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import file_digest
+from pathlib import Path
+
+from flux_lora.errors import SourceError
+from flux_lora.files.record import Parameters
+from flux_lora.request import SIZES
+
+
+def inputs_of(parameters: Parameters) -> dict[str, object]:
+    """The inputs that ask for one picture with these parameters."""
+    size = (parameters.width, parameters.height)
+    ratio = next((ratio for ratio, known in SIZES.items() if known == size), None)
+    shape = {"aspect_ratio": ratio} if ratio else {"aspect_ratio": "custom", "width": size[0], "height": size[1]}
+    inputs = {
+        "prompt": parameters.prompt,
+        **shape,
+        "num_outputs": 1,
+        "lora_scale": parameters.lora.scale if parameters.lora else 0,
+        "num_inference_steps": parameters.num_inference_steps,
+        "model": parameters.model,
+        "guidance_scale": parameters.guidance_scale,
+        "seed": parameters.seed,
+        "output_format": parameters.output_format,
+        "output_quality": parameters.output_quality,
+    }
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
+    """Find the LoRA of a picture among files.
+
+    Args:
+        digest: SHA-256 of the file, as the picture's record has it.
+        candidates: files that may be it, the most likely ones first; one that is missing is passed over.
+
+    Raises:
+        SourceError: it is none of them.
+    """
+    for path in filter(Path.is_file, candidates):
+        with suppress(OSError), path.open("rb") as file:
+            if file_digest(file, "sha256").hexdigest() == digest:
+                return path.absolute()
+    raise SourceError(
+        f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
+        "the weights directory, or name it with COG_WEIGHTS."
+    )

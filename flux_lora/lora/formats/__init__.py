@@ -1,0 +1,155 @@
+"""Adapter files of every trainer of FLUX.1: read, checked, and turned into updates of the served weights.
+
+The judge of what a file means is its trainer's own forward pass, on the layers as the trainer lays them out. Every key
+is applied, or known to be irrelevant, or the file is refused.
+
+Keys are read by our own tables. diffusers' converters fit 19 and 38 blocks of the full width and plain LoRAs only, and
+differ from the trainers in places: they drop ``dora_scale`` and the alphas of ``final_layer``, and like ComfyUI and
+sd-scripts' own inference they scale what was trained with ``split_qkv`` too weakly (see `split_qkv`).
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from flux_lora.checkpoint.header import Header, TensorFileError, read_header
+from flux_lora.errors import FormatError
+from flux_lora.lora.deltas import Magnitude, Update
+from flux_lora.lora.formats import foreign
+from flux_lora.lora.formats.algorithms import build
+from flux_lora.lora.formats.contents import LayerParts, account_for, load
+from flux_lora.lora.formats.layouts import BFL, Shapes
+from flux_lora.lora.formats.metadata import Scaling, scaling, trigger_word
+from flux_lora.lora.formats.split_qkv import Fused, trained_split
+from flux_lora.lora.formats.summary import Adapted, family, summarize
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fine-tune, ready to be merged.
+
+    Args:
+        digest: SHA-256 of the file's bytes, in hexadecimal.
+        family: who writes such files.
+        updates: by component: transformer, text_encoder (CLIP), text_encoder_2 (T5).
+        ignored: keys that change nothing, and why.
+        summary: one line for the log.
+        nbytes: host memory that the updates hold.
+    """
+
+    digest: str
+    family: str
+    updates: Mapping[str, tuple[Update, ...]]
+    ignored: Mapping[str, str]
+    summary: str
+    nbytes: int
+
+
+def read(path: Path, shapes: Shapes, name: str | None = None) -> Adapter:
+    """Read an adapter file for modules of the given shapes.
+
+    Args:
+        path: the file.
+        shapes: of the served parameters.
+        name: what messages call the file; its path when not given.
+
+    Raises:
+        FormatError: the file cannot be applied; the message has its name, what it looks like, and the reason.
+    """
+    refused = f"{name or path} cannot be applied to FLUX.1"
+    header = None
+    try:
+        before = version(path)
+        header = read_header(path)
+        adapter = _read(path, header, shapes)
+        if version(path) != before:
+            raise FormatError("it changed while it was read; try again")
+    except (FormatError, TensorFileError, SafetensorError, OSError) as error:
+        what = foreign.recognise(header, shapes) if header else None
+        reason = error.strerror or "it cannot be read" if isinstance(error, OSError) else error
+        raise FormatError(f"{refused}: {f'it looks like {what}; ' if what else ''}{reason}.") from None
+    return adapter
+
+
+def version(path: Path) -> tuple[int, ...]:
+    """What differs once a path leads to another file or other contents.
+
+    Raises:
+        OSError: the file is not there.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
+    names, ignored = account_for(header, shapes)
+    if not names:
+        raise FormatError("it holds nothing to apply")
+    if what := foreign.of_another_model(header.metadata, {name.component for name in names.values()}):
+        raise FormatError(f"its metadata says that it is {what}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    contents = load(path, names)
+    split, told_by = trained_split(_fused(contents), header.metadata)
+    scalings = {component: scaling(header.metadata, component) for component in shapes}
+    layers = [_adapt(layer, scalings[layer.name.component], layer.name.layer.name in split) for layer in contents]
+    _check_magnitudes(layers)
+    ignored |= {
+        layer.alpha_key: "its update has no rank that alpha could go with"
+        for layer, adapted in zip(contents, layers, strict=True)
+        if layer.alpha_key and adapted.rank is None
+    }
+    sibling, word = foreign.relative(header.metadata), trigger_word(header.metadata)
+    notes = (
+        sibling and f"trained on {sibling}",
+        word and f"trigger word {word!r}",
+        told_by,
+        f"{len(ignored)} keys without effect" if ignored else None,
+        f"sha256 {digest}",
+    )
+    return Adapter(
+        digest,
+        family(names.values()),
+        {component: _updates(layers, component) for component in shapes},
+        ignored,
+        summarize(layers, shapes, notes),
+        sum(part.tensor.nbytes for layer in contents for part in layer.parts.values()),
+    )
+
+
+def _adapt(layer: LayerParts, scaling: Scaling, split: bool) -> Adapted:
+    """Alpha 0 means the rank, as in sd-scripts, LyCORIS and ai-toolkit; so does no alpha at all."""
+    alpha = scaling.alpha_of(layer.name.layer.name) if layer.alpha is None else layer.alpha or None
+    ranks_in_one = len(layer.name.layer.weight) if split else 1
+
+    def factor(rows: int) -> float:
+        rank = rows // ranks_in_one
+        return scaling.factor(rank if alpha is None else alpha, rank)
+
+    built = build(layer.name.layer, layer.parts, factor)
+    return Adapted(layer.name, built.updates, built.algorithm, built.rank and built.rank // ranks_in_one, alpha)
+
+
+def _fused(contents: Iterable[LayerParts]) -> list[Fused]:
+    return [
+        Fused(layer.name.layer, layer.parts["up"].tensor, layer.alpha)
+        for layer in contents
+        if layer.alpha and layer.name.layer.layout == BFL and "up" in layer.parts
+    ]
+
+
+def _updates(layers: Iterable[Adapted], component: str) -> tuple[Update, ...]:
+    return tuple(update for layer in layers if layer.name.component == component for update in layer.updates)
+
+
+def _check_magnitudes(layers: Sequence[Adapted]) -> None:
+    """DoRA's norm is that of the base weight plus its own direction: nothing else may update the same weight."""
+    updates = [(layer.name, update) for layer in layers for update in layer.updates]
+    users = Counter((name.component, part) for name, update in updates for part in {r.parameter for r in update.target})
+    for name, update in updates:
+        if isinstance(update, Magnitude) and any(users[name.component, r.parameter] > 1 for r in update.target):
+            raise FormatError(f"{name.layer.name} has a DoRA update and another one, which no trainer defines")

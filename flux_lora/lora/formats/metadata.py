@@ -1,0 +1,125 @@
+"""What a file's metadata says: how PEFT scales, the trigger word, the model it was trained on."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flux_lora.checkpoint.header import shown
+from flux_lora.errors import FormatError
+
+Metadata = Mapping[str, str]
+
+_UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""PEFT's initialisations after which the base weights are still those of the base model."""
+
+_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\.\*)*\$?")
+_MAX_WILDCARDS = 2
+_MAX_PATTERNS, _MAX_PATTERNS_WITH_WILDCARDS = 4096, 64
+"""PEFT's patterns are regular expressions; beyond names and a few ``.*`` hostile ones could take for ever to match."""
+
+_COMPONENTS = ("transformer.", "text_encoder.", "text_encoder_2.")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a trainer scales one component's updates: α/r, or α/√r with rsLoRA (https://arxiv.org/abs/2312.03732).
+
+    ``alpha`` and ``alphas`` (whether a layer's name matches, with its alpha; the first match counts) stand in where a
+    file has no alpha beside its factors.
+    """
+
+    alpha: float | None = None
+    alphas: tuple[tuple[Callable[[str], object], float], ...] = ()
+    rank_stabilized: bool = False
+
+    def alpha_of(self, layer: str) -> float | None:
+        return next((alpha for matches, alpha in self.alphas if matches(layer)), self.alpha)
+
+    def factor(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def scaling(metadata: Metadata, component: str) -> Scaling:
+    """What diffusers' ``save_lora_weights`` or PEFT's adapter configuration in the metadata say about a component.
+
+    Raises:
+        FormatError: they cannot be read, or name a method that changes what the factors mean.
+    """
+    settings = _peft_settings(metadata, component)
+    if (method := settings.get("peft_type", "LORA")) != "LORA":
+        raise FormatError(f"its metadata describes a PEFT adapter of type {shown(method)}, which is not supported")
+    if (init := settings.get("init_lora_weights")) not in _UNCHANGED_BASE:
+        raise FormatError(
+            f"it was trained on base weights changed by init_lora_weights={shown(init)}; convert it to LoRA"
+        )
+    try:
+        alpha = None if settings.get("lora_alpha") is None else float(settings["lora_alpha"])
+        alphas = {pattern: float(number) for pattern, number in (settings.get("alpha_pattern") or {}).items()}
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise FormatError("the alpha or alpha pattern in its metadata is not a number") from None
+    if not all(abs(number) <= torch.finfo(torch.float32).max for number in (*alphas.values(), alpha or 0.0)):
+        raise FormatError("the alpha or alpha pattern in its metadata is not finite in float32")
+    return Scaling(alpha, _matchers(alphas), bool(settings.get("use_rslora")))
+
+
+def _matchers(alphas: Mapping[str, float]) -> tuple[tuple[Callable[[str], object], float], ...]:
+    for pattern in alphas:
+        if not _PATTERN.fullmatch(pattern) or pattern.count(".*") > _MAX_WILDCARDS:
+            raise FormatError(f"its alpha pattern {shown(pattern)} is not a layer's name")
+    if len(alphas) > _MAX_PATTERNS or sum(".*" in pattern for pattern in alphas) > _MAX_PATTERNS_WITH_WILDCARDS:
+        raise FormatError(
+            f"its metadata has more than {_MAX_PATTERNS:,} alpha patterns, or {_MAX_PATTERNS_WITH_WILDCARDS} with '.*'"
+        )
+    return tuple((_matcher(pattern), alpha) for pattern, alpha in alphas.items())
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """Whether a layer's name is the pattern or ends in it, as in ``peft.utils.other.get_pattern_key``, dots as dots."""
+    if ".*" in pattern:
+        return re.compile(rf"(.*\.)?({pattern})$").match
+    name = pattern.removesuffix("$").replace("\\.", ".")
+    if name.startswith("^"):
+        return name[1:].__eq__
+    return lambda layer: f".{layer}".endswith(f".{name}")
+
+
+def trigger_word(metadata: Metadata) -> str | None:
+    """The word that the trainer says calls the subject."""
+    word = metadata.get("modelspec.trigger_phrase") or ""
+    if not word:  # ai-toolkit writes its one trigger word as the only tag of the only folder
+        folders = _json(metadata.get("ss_tag_frequency")).values()
+        tags = [tag for folder in folders if isinstance(folder, dict) for tag in folder]
+        word = str(tags[0]) if len(tags) == 1 else ""
+    return " ".join(word.split())[:80] or None
+
+
+def architecture(metadata: Metadata) -> str:
+    """What the metadata says about the base model; empty when it says nothing."""
+    return f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}".strip()
+
+
+def _peft_settings(metadata: Metadata, component: str) -> Mapping[str, Any]:
+    if "lora_adapter_metadata" not in metadata:
+        return {}
+    settings = _json(metadata["lora_adapter_metadata"])
+    if not settings:
+        raise FormatError("the lora_adapter_metadata in its header cannot be read")
+    if not any("." in key for key in settings):  # as save_lora_adapter of one model writes them
+        return settings if component == "transformer" else {}
+    if strangers := [key for key in settings if not key.startswith(_COMPONENTS)]:
+        raise FormatError(f"its lora_adapter_metadata has the setting {shown(strangers[0])}, of no component of FLUX.1")
+    own = f"{component}."
+    return {key.removeprefix(own): value for key, value in settings.items() if key.startswith(own)}
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,96 @@
+"""How much memory there is, measured, and how much the models take, from their files' headers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flux_lora.checkpoint.assembling import Network
+from flux_lora.device import devices
+from flux_lora.memory.plans import Room, Sizes, Weights
+from flux_lora.request import LARGEST_SIDE, MAX_TEXT_TOKENS
+
+CONTEXT_BYTES = 640 * 2**20
+"""What the driver counts for a process beside its tensors: context, kernels, libraries' handles.
+
+An estimate: on a GPU it has not been measured yet.
+"""
+
+HOST_RESERVE = 3 * 2**29
+"""Host memory that no plan takes: readers' buffers, parsed LoRAs, pictures."""
+
+BLOCKS = {
+    "text_encoder_2": ("encoder.block",),
+    "transformer": ("transformer_blocks", "single_transformer_blocks"),
+}
+"""Where a network has the blocks that it can be streamed by, in the order in which they compute."""
+
+DENOISE_TENSORS = 18
+"""Values that live at once for each token and each of the transformer's channels, beside its weights.
+
+Counted in a dry run of diffusers' FluxTransformer2DModel with fused attention: 17.3, at 4,096 and at 8,100 tokens.
+"""
+
+DECODE_TENSORS, STRIPS_TENSORS = 3.05, 1.7
+"""The same of the decoder, for each pixel and channel of its last block's input; counted: 3.0 whole, 1.64 in strips."""
+
+
+def room(device: torch.device, asked: int | None) -> Room:
+    """What may be taken: the least of the device's free memory, the allocator's cap, and ``FLUX_MEMORY_BUDGET``.
+
+    On a GPU a budget becomes the allocator's cap, with room for the context, so that the process keeps to it.
+    """
+    host = devices.free_memory(torch.device("cpu")) - HOST_RESERVE
+    if device.type == "cpu":
+        allowed = host if asked is None else min(host, asked)
+        return Room(allowed, host, shared=True, limited_by=_limit(host, allowed))
+    measured = devices.free_memory(device)
+    if asked is not None:
+        devices.cap(device, max(0, asked - CONTEXT_BYTES))
+    allowed = devices.free_memory(device)
+    return Room(allowed, host, limited_by=_limit(measured, allowed))
+
+
+def sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dtype) -> Sizes:
+    """What the networks of each model take, in ``dtype``."""
+    shared = next(iter(networks.values()))
+    transformers = {model: weights("transformer", of_model["transformer"]) for model, of_model in networks.items()}
+    transformer: Any = shared["transformer"].module
+    vae: Any = shared["vae"].module
+    return Sizes(
+        weights("text_encoder", shared["text_encoder"]).total + weights("vae", shared["vae"]).total,
+        weights("text_encoder_2", shared["text_encoder_2"]),
+        transformers,
+        *working_bytes(transformer.config, vae.config, dtype.itemsize),
+    )
+
+
+def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_each: int = 2) -> tuple[int, int, int]:
+    """What the largest image takes beside the weights: while it is denoised, decoded whole, and decoded in strips."""
+    channels = vae["block_out_channels"]
+    tokens = (LARGEST_SIDE // 2 ** len(channels)) ** 2 + max(MAX_TEXT_TOKENS.values())
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    pixels = LARGEST_SIDE**2 * channels[min(1, len(channels) - 1)] * bytes_each
+    return DENOISE_TENSORS * tokens * width * bytes_each, int(DECODE_TENSORS * pixels), int(STRIPS_TENSORS * pixels)
+
+
+def weights(component: str, network: Network) -> Weights:
+    """The bytes of a network's blocks, and of the rest."""
+    blocks = block_names(component, network)
+    sizes = [sum(network.parameters[name].nbytes for name in names) for names in blocks.values()]
+    return Weights(sum(parameter.nbytes for parameter in network.parameters.values()) - sum(sizes), tuple(sizes))
+
+
+def block_names(component: str, network: Network) -> dict[str, list[str]]:
+    """The parameters of each block that a network can be streamed by, in the order in which the blocks compute."""
+    found: dict[str, list[str]] = {}
+    for lists in BLOCKS.get(component, ()):
+        for name in network.parameters:
+            if match := re.match(rf"{re.escape(lists)}\.\d+(?=\.)", name):
+                found.setdefault(match[0], []).append(name)
+    return found
+
+
+def _limit(measured: int, allowed: int) -> str:
+    return "FLUX_MEMORY_BUDGET" if allowed < measured else "measured"

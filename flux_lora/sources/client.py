@@ -1,0 +1,246 @@
+"""Downloads: redirects, resuming, revalidation, limits, and what an answer means in plain words.
+
+It works on the transport itself: an ``httpx2.Client`` would log whole addresses, and the queries of signed ones are
+secrets; it would also keep cookies and read proxies and passwords from the environment.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+from tqdm import tqdm
+
+from flux_lora.errors import SourceError
+from flux_lora.sources.cache import Identity, Part, Validator
+from flux_lora.sources.guard import Network, host_of, parse_url
+from flux_lora.sources.tokens import VARIABLES, Tokens
+from flux_lora.sources.transport import GuardedTransport, TransferError, too_large
+
+MAX_REDIRECTS = 10
+MAX_API_BYTES = 16 * 1024**2
+WEB_PAGES = ("text/html", "application/xhtml+xml")
+
+
+class Client:
+    """Fetches JSON and files through the guarded transport."""
+
+    def __init__(self, network: Network, tokens: Tokens, max_bytes: int) -> None:
+        self._tokens = tokens
+        self._max_bytes = max_bytes
+        self._patience = network.patience
+        self._files = GuardedTransport(network, tokens, max_bytes)
+        self.api = GuardedTransport(network, tokens, MAX_API_BYTES)
+
+    def json(self, url: str) -> Any:
+        """The JSON that a service answers with.
+
+        Raises:
+            SourceError: it refuses, cannot be reached, or answers with something else.
+        """
+        try:
+            with self._get(self.api, url, lambda _: {}, self._deadline()) as (response, target):
+                if response.status_code != 200:
+                    raise SourceError(refusal(host_of(target), response.status_code, self._tokens))
+                return json.loads(response.read())
+        except TransferError as error:
+            raise SourceError(str(error)) from None
+        except (ValueError, RecursionError):
+            raise SourceError("the service did not answer with JSON") from None
+
+    def download(
+        self, url: str, part: Part, *, name: str, known: Validator | None, make_room: Callable[[int], None]
+    ) -> Validator | None:
+        """Complete a partial file, or find that what is known of it is still valid.
+
+        Args:
+            url: where the file is; redirects are followed, each with the same care.
+            part: where the bytes go; what it holds already is continued if the server can prove it is the same file.
+            name: what the progress bar calls it.
+            known: what identified the file when it was last fetched.
+            make_room: called with the number of bytes that are about to be written.
+
+        Returns:
+            What identifies this state of the file, or None if it is still the known one (and nothing was fetched).
+
+        Raises:
+            SourceError: the server refuses, cannot be reached after some tries, or sends what is not a file.
+        """
+        pauses = iter(self._patience.pauses)
+        deadline = self._deadline()
+        while True:
+            before = part.size
+            try:
+                return self._attempt(url, part, name, known, make_room, deadline)
+            except TransferError as error:
+                if part.size - before >= 1024**2:
+                    pauses = iter(self._patience.pauses)
+                if (pause := next(pauses, None)) is None or time.monotonic() + pause > deadline:
+                    if not part.validator():
+                        part.discard()  # nobody could continue it
+                    raise SourceError(str(error)) from None
+                time.sleep(pause)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._patience.total
+
+    def _attempt(
+        self,
+        url: str,
+        part: Part,
+        name: str,
+        known: Validator | None,
+        make_room: Callable[[int], None],
+        deadline: float,
+    ) -> Validator | None:
+        saved = part.validator() if part.size else None
+
+        def conditions(resource: Identity) -> dict[str, str]:
+            headers = known.condition(resource) if known else {}
+            if saved and (etag := saved.etag_at(resource)):
+                headers |= {"Range": f"bytes={part.size}-", "If-Range": etag}
+            return headers
+
+        with self._get(self._files, url, conditions, deadline) as (response, target):
+            status, headers = response.status_code, response.headers
+            host, resource = host_of(target), identity(target)
+            if status == 304 and known and known.condition(resource):
+                return None
+            if status == 416:
+                if saved and headers.get("content-range") == f"bytes */{part.size}":
+                    return saved  # all of it had arrived already
+                part.discard()
+                raise TransferError(f"{host} no longer has the rest of the file")
+            if status in (500, 502, 503, 504):
+                raise TransferError(refusal(host, status, self._tokens))
+            if status not in (200, 206):
+                raise SourceError(refusal(host, status, self._tokens, headers.get("retry-after")))
+            if headers.get("content-type", "").split(";")[0].strip().lower() in WEB_PAGES:
+                raise SourceError(_web_page(host, self._tokens))
+            if status == 200:
+                validator = _validator(resource, headers)
+                part.begin(validator)
+            elif saved and _continues(headers, part.size, saved):
+                validator = saved
+            else:
+                part.discard()
+                raise TransferError(f"{host} sent another part or another state of the file than asked for")
+            self._write(response, part, name, make_room)
+            return validator
+
+    def _write(self, response: httpx2.Response, part: Part, name: str, make_room: Callable[[int], None]) -> None:
+        """Append the answer to the partial file, unless the whole is or becomes too large."""
+        length = int(response.headers.get("content-length", 0))
+        if part.size + length > self._max_bytes:
+            part.discard()
+            raise SourceError(too_large(self._max_bytes))
+        make_room(length)
+        progress = tqdm(
+            desc=name,
+            total=part.size + length if length else None,
+            initial=part.size,
+            unit="B",
+            unit_scale=True,
+            mininterval=1.0,
+            file=sys.stderr,
+        )
+        try:
+            with part.path.open("ab") as file, progress:
+                for chunk in response.iter_raw():
+                    if file.tell() + len(chunk) > self._max_bytes:
+                        raise SourceError(too_large(self._max_bytes))
+                    file.write(chunk)
+                    progress.update(len(chunk))
+        except SourceError:
+            part.discard()
+            raise
+
+    @contextmanager
+    def _get(
+        self,
+        transport: GuardedTransport,
+        url: str,
+        headers: Callable[[Identity], Mapping[str, str]],
+        deadline: float,
+    ) -> Iterator[tuple[httpx2.Response, httpx2.URL]]:
+        """The answer after all redirects, and who gave it; ``headers`` says what to send to which resource."""
+        target = parse_url(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            request = httpx2.Request(
+                "GET",
+                target,
+                headers={"User-Agent": "flux-lora", **headers(identity(target))},
+                extensions={"deadline": deadline},
+            )
+            response = transport.handle_request(request)
+            try:
+                if not response.has_redirect_location:
+                    yield response, target
+                    return
+                if not (location := response.headers["location"]):
+                    raise SourceError(f"{host_of(target)} redirects without saying where to")
+                target = parse_url(location, target)
+            finally:
+                response.close()
+        raise SourceError(f"it redirects more than {MAX_REDIRECTS} times")
+
+
+def identity(url: httpx2.URL) -> Identity:
+    """What an address names, as digests: its query may be a secret that must not reach the disk."""
+    path = url.raw_path.split(b"?")[0]
+    return Identity(*(hashlib.sha256(url.raw_host + target).hexdigest() for target in (path, url.raw_path)))
+
+
+def refusal(host: str, status: int, tokens: Tokens, retry_after: str | None = None) -> str:
+    """What an HTTP status means for the caller, in one sentence."""
+    variable = VARIABLES.get(host)
+    if status in (401, 403):
+        if not variable:
+            return f"{host} refuses access ({status}); a signed address may have expired"
+        if tokens.for_host(host):
+            return f"{host} refuses access ({status}) to the token in {variable}"
+        return f"{host} refuses access ({status}); set {variable} to a token that may read it"
+    if status in (404, 410):
+        reason = f"the token in {variable} may not read it" if tokens.for_host(host) else f"{variable} is not set"
+        private = f", or it is private and {reason}" if variable else ""
+        return f"{host} has no such file ({status}){private}"
+    if status == 429:
+        wait = f" in {retry_after} seconds" if re.fullmatch("[0-9]{1,6}", retry_after or "") else " later"
+        return f"{host} gets too many requests (429); try again{wait}"
+    if 500 <= status < 600:
+        return f"{host} has a problem of its own ({status}); try again later"
+    return f"{host} gave the unexpected answer {status}"
+
+
+def _web_page(host: str, tokens: Tokens) -> str:
+    variable = VARIABLES.get(host)
+    login = f"; it may want a login, so set {variable}" if variable and not tokens.for_host(host) else ""
+    return f"{host} sent a web page in place of the file{login}"
+
+
+def _continues(headers: httpx2.Headers, offset: int, saved: Validator) -> bool:
+    start = headers.get("content-range", "").removeprefix("bytes ").split("-")[0]
+    return start == str(offset) and headers.get("etag", saved.etag) == saved.etag
+
+
+def _validator(resource: Identity, headers: httpx2.Headers) -> Validator:
+    """What the server says to recognise this state of the file by, as far as it can be sent back.
+
+    A modification time counts only if it was a minute old: a file could change twice within its one-second steps.
+    """
+    etag, modified = (
+        value if value.isascii() else "" for value in map(headers.get, ("etag", "last-modified"), ("", ""))
+    )
+    try:
+        if parsedate_to_datetime(headers["date"]) - parsedate_to_datetime(modified) < timedelta(minutes=1):
+            modified = ""
+    except (KeyError, ValueError, TypeError):
+        modified = ""
+    return Validator(resource, etag, modified)

@@ -1,0 +1,1 @@
+"""What is done for speed, and nothing that changes what a picture shows beyond what its profile says."""

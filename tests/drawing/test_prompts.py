@@ -1,0 +1,79 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from flux_lora.checkpoint import assembling
+from flux_lora.drawing.prompts import PromptEncoder, readable
+from tests.conftest import MINI
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxPipeline:
+    return assembling.load(MINI, torch.device("cpu"), torch.float32).pipelines["dev"]
+
+
+@pytest.fixture
+def counted(pipeline: FluxPipeline) -> SimpleNamespace:
+    """The pipeline with its encodings counted."""
+
+    def encode_prompt(**arguments: object) -> object:
+        counted.calls += 1
+        return pipeline.encode_prompt(**arguments)
+
+    counted = SimpleNamespace(calls=0, encode_prompt=encode_prompt)
+    return counted
+
+
+def test_a_known_prompt_is_not_encoded_again(counted: SimpleNamespace, pipeline: FluxPipeline) -> None:
+    encoder = PromptEncoder(capacity=2)
+    first = encoder.encode(counted, "a cat", 512, ())
+    assert encoder.encode(counted, "a cat", 512, ()) is first
+    assert counted.calls == 1
+    tokens, pooled, _ = pipeline.encode_prompt(prompt="a cat", prompt_2=None, max_sequence_length=512)
+    assert torch.equal(first.tokens, tokens)
+    assert torch.equal(first.pooled, pooled)
+
+
+def test_all_that_the_result_depends_on_is_in_the_key(counted: SimpleNamespace) -> None:
+    encoder = PromptEncoder(capacity=10)
+    for prompt, limit, state in (("a", 512, ()), ("b", 512, ()), ("a", 256, ()), ("a", 512, (("digest", 0.5),))):
+        encoder.encode(counted, prompt, limit, state)
+    assert counted.calls == 4
+
+
+def test_the_least_recently_used_prompt_leaves(counted: SimpleNamespace) -> None:
+    encoder = PromptEncoder(capacity=2)
+    for prompt in ("a", "b", "a", "c", "a", "b"):
+        encoder.encode(counted, prompt, 256, ())
+    assert counted.calls == 4  # a, b, c, and b again
+
+
+def test_capacity_zero_keeps_nothing(counted: SimpleNamespace) -> None:
+    encoder = PromptEncoder(capacity=0)
+    encoder.encode(counted, "a", 256, ())
+    encoder.encode(counted, "a", 256, ())
+    assert counted.calls == 2
+
+
+@pytest.mark.parametrize(("length", "lost"), [(0, 0), (255, 0), (256, 1), (1000, 745)])
+def test_what_t5_cuts_is_said(pipeline: FluxPipeline, length: int, lost: int) -> None:
+    """The miniature's T5 reads "a" at the beginning, one token for each letter that follows it, and the end mark."""
+    prompt = "".join(chr(ord("a") + i % 26) for i in range(length))
+    text, note = readable(pipeline.tokenizer_2, prompt, 256)
+    assert text == prompt
+    assert note == (f"{lost} characters: {prompt[-lost:][:200] + '…' * (lost > 200)!r}" if lost else "")
+
+
+@pytest.mark.parametrize("word", ["tomato", "é", "\u200b", "\u0001"])
+def test_a_beginning_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline, word: str) -> None:
+    prompt = " ".join(f"{word}{i}" for i in range(3000))
+    text, note = readable(pipeline.tokenizer_2, prompt, 512)
+    assert len(text) < len(prompt) / 4
+    assert len(prompt) - len(text) < int(note.split()[0]) < len(prompt)
+    whole = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=512)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipeline.encode_prompt(prompt=text, prompt_2=None, max_sequence_length=512), whole, strict=True)
+    )

@@ -1,0 +1,214 @@
+"""Merging in place, judged by hand in float64 and by bit comparison with modules that never saw another state."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux_lora.checkpoint import assembling
+from flux_lora.device import devices
+from flux_lora.lora import deltas, merge
+from flux_lora.lora.formats import Adapter, read
+from flux_lora.lora.merge import MergedModule
+from tests.conftest import MINI
+from training.random_weights import random_lora
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def load(dtype: torch.dtype) -> torch.nn.Module:
+    return assembling.load(MINI, CPU, dtype).pipelines["dev"].transformer
+
+
+def merged(module: torch.nn.Module) -> MergedModule:
+    return MergedModule("transformer", module, {})
+
+
+def bits(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same_bits(module: torch.nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    integer = {2: torch.int16, 4: torch.int32}
+    return all(
+        torch.equal(t.view(integer[t.element_size()]), expected[name].view(integer[t.element_size()]))
+        for name, t in module.state_dict().items()
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three LoRAs of different ranks; the last one touches single blocks only."""
+    module, folder = load(torch.float32), tmp_path_factory.mktemp("loras")
+    paths = []
+    for seed, rank in enumerate((4, 2, 8)):
+        torch.manual_seed(seed)
+        tensors = random_lora(module, rank=rank)
+        if seed == 2:
+            tensors = {name: tensor for name, tensor in tensors.items() if ".single_transformer_blocks." in name}
+        paths.append(folder / f"{seed}.safetensors")
+        save_file(tensors, paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def adapters(files: list[Path]) -> list[Adapter]:
+    shapes = {"transformer": merged(load(torch.float32)).shapes}
+    return [read(path, shapes) for path in files]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [-1, 0, 0.3, 1, 2])
+def test_merged_weights_are_the_formula_in_float64(
+    files: list[Path], adapters: list[Adapter], dtype: torch.dtype, scale: float
+) -> None:
+    module = load(dtype)
+    pristine = bits(module)
+    merged(module).bring([(adapters[0], scale)])
+    lora = load_file(files[0])
+    touched = 0
+    for name, weight in module.state_dict().items():
+        key = f"transformer.{name.removesuffix('.weight')}"
+        if name.endswith(".weight") and f"{key}.lora_A.weight" in lora:
+            touched += 1
+            up, down, base = (
+                t.double() for t in (lora[f"{key}.lora_B.weight"], lora[f"{key}.lora_A.weight"], pristine[name])
+            )
+            exact = base + scale * up @ down
+            largest = torch.maximum(base.abs(), abs(scale) * (up.abs() @ down.abs()))
+            ulp = torch.finfo(dtype).eps * 2.0 ** largest.clamp_min(1e-30).log2().floor()
+            roundings = len(down) + 2 if dtype == torch.float32 else 1.001  # in bfloat16 those of the sum decide ties
+            assert ((weight.double() - exact).abs() <= roundings * ulp).all()
+        else:
+            assert torch.equal(weight, pristine[name])
+    assert touched == len(lora) // 2
+    assert same_bits(module, pristine) == (scale == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_hundred_changes_end_where_they_began(adapters: list[Adapter], dtype: torch.dtype) -> None:
+    module = load(dtype)
+    state = merged(module)
+    pristine = bits(module)
+    state.bring([(adapters[0], 0.8)])
+    start = bits(module)
+    chance = random.Random(0)
+    for _ in range(200):
+        chosen = chance.sample(adapters, chance.randrange(3))
+        state.bring([(adapter, chance.choice([-1, 0, 0.25, 1, chance.uniform(-1, 2)])) for adapter in chosen])
+    assert not same_bits(module, start)
+    state.bring([(adapters[0], 0.8)])
+    assert same_bits(module, start)
+    state.bring([])
+    assert same_bits(module, pristine)
+
+
+def test_the_order_of_arrival_does_not_matter(adapters: list[Adapter]) -> None:
+    wanted = [(adapters[0], 0.5), (adapters[1], 1.5), (adapters[2], -1.0)]
+    forward, backward = load(torch.bfloat16), load(torch.bfloat16)
+    merged(forward).bring(wanted)
+    merged(backward).bring(wanted[::-1])
+    assert same_bits(forward, bits(backward))
+
+
+def test_the_current_state_costs_nothing(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    state = merged(load(torch.float32))
+    assert state.bring([(adapters[0], 1.0)])
+    monkeypatch.setattr(state, "_contributions", None)  # any work would fail
+    assert not state.bring([(adapters[0], 1.0)])
+
+
+def test_scale_zero_and_foreign_components_are_the_base_state(adapters: list[Adapter]) -> None:
+    state = merged(load(torch.float32))
+    assert not state.bring([(adapters[0], 0.0)])
+    assert not MergedModule("text_encoder", load(torch.float32), {}).bring([(adapters[0], 1.0)])
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Raises when the number in the list has been counted down to zero by merged blocks."""
+    countdown = [-1]
+    original = deltas.LowRank.delta
+
+    def delta(self: deltas.LowRank, *arguments: object) -> deltas.Delta:
+        if countdown[0] == 0:
+            raise Interrupted
+        countdown[0] -= 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(deltas.LowRank, "delta", delta)
+    return countdown
+
+
+def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interruptible: list[int]) -> None:
+    first, second = [(adapters[0], 1.0)], [(adapters[1], 0.5), (adapters[2], 1.0)]
+    fresh = load(torch.bfloat16)
+    merged(fresh).bring(first)
+    expected = bits(fresh)
+    layers = sum(len(adapter.updates["transformer"]) for adapter, _ in second)
+    for layer in range(layers):
+        module = load(torch.bfloat16)
+        state = merged(module)
+        state.bring(first)
+        interruptible[0] = layer
+        with pytest.raises(Interrupted):
+            state.bring(second)
+        interruptible[0] = -1
+        assert state.state is None
+        assert state.bring(first)
+        assert same_bits(module, expected), f"interrupted at layer {layer} of {layers}"
+
+
+def test_interrupted_while_restoring(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load(torch.float32)
+    pristine = bits(module)
+    state = merged(module)
+    state.bring([(adapters[0], 1.0)])
+    monkeypatch.setattr(merge, "_groups", lambda _: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        state.bring([])
+    monkeypatch.undo()
+    state.bring([])
+    assert same_bits(module, pristine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_memory_pristine_weights_are_read_from_their_files(
+    adapters: list[Adapter], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = assembling.load(MINI, CPU, dtype)
+    module, kept = loaded.pipelines["dev"].transformer, load(dtype)
+    pristine = bits(module)
+    state, reference = MergedModule("transformer", module, loaded.networks["dev"]["transformer"].readers), merged(kept)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 0)
+    for wanted in ([(adapters[0], 1.0)], [(adapters[1], 0.3), (adapters[2], 2.0)], [(adapters[0], -1.0)]):
+        state.bring(wanted)
+        reference.bring(wanted)
+        assert same_bits(module, bits(kept))
+    assert "in their files" in state.where()
+    assert "on cpu" in reference.where()  # which has no files to read from
+    state.bring([])
+    assert same_bits(module, pristine)
+
+
+@pytest.mark.parametrize("component", assembling.ADAPTABLE)
+def test_every_parameter_can_be_read_again(component: str) -> None:
+    loaded = assembling.load(MINI, CPU, torch.bfloat16)
+    for name, parameter in getattr(loaded.pipelines["dev"], component).named_parameters():
+        assert torch.equal(loaded.networks["dev"][component].readers[name](), parameter)
+
+
+def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:
+    """In the files' own type the weights are mapped, not read: changing them in place must not reach the disk."""
+    file = MINI / "dev/transformer/diffusion_pytorch_model.safetensors"
+    before = hashlib.sha256(file.read_bytes()).digest()
+    merged(load(torch.bfloat16)).bring([(adapters[0], 1.0)])
+    assert hashlib.sha256(file.read_bytes()).digest() == before

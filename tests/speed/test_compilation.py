@@ -1,0 +1,87 @@
+"""Compiled drawing in this process; over HTTP, and across restarts, in server/test_speed.py."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from flux_lora.errors import DrawingError, SettingsError
+from flux_lora.speed import compilation
+from tests.conftest import MINI
+
+
+class Halves(nn.Module):
+    """A stand-in for a VAE without a decoder of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.device = torch.device("cpu")
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(latents)) / 2
+
+
+def test_the_blocks_and_whatever_decodes_are_compiled() -> None:
+    transformer = FluxTransformer2DModel.from_pretrained(MINI / "dev/transformer")
+    vae, latents = Halves(), torch.randn(3, 4)
+    expected = vae.decode(latents)
+    compilation.compile_pipelines([SimpleNamespace(transformer=transformer, vae=vae)] * 2)
+    before = compilation.graphs()
+    assert torch.allclose(vae.decode(latents), expected)
+    assert compilation.graphs() == before + 1
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    assert all(block._compiled_call_impl for block in blocks)
+    assert transformer._compiled_call_impl is None
+
+
+def test_what_was_compiled_is_kept_and_loaded(tmp_path: Path) -> None:
+    def once(x: torch.Tensor) -> torch.Tensor:
+        return (x * 3 + 1).sin()
+
+    def compile_once() -> int:
+        torch._dynamo.reset()
+        before = compilation.loaded_graphs()
+        with compilation.cached(tmp_path / "cache", "a key"):
+            torch.compile(once, options=compilation.OPTIONS)(torch.ones(7))
+        return compilation.loaded_graphs() - before
+
+    compile_once()
+    (file,) = (tmp_path / "cache").iterdir()
+    content = file.read_bytes()
+    assert compile_once() == 1
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"what is this", None], ids=["empty", "damaged", "no place"])
+def test_a_cache_that_cannot_be_used_is_none(tmp_path: Path, content: bytes | None) -> None:
+    folder = tmp_path / "cache"
+    with compilation.cached(folder, "a key"):
+        torch.compile(torch.cos, options=compilation.OPTIONS)(torch.ones(5))
+    if content is None:
+        folder = tmp_path / "file"
+        folder.touch()
+    else:
+        next(folder.iterdir()).write_bytes(content)
+    with compilation.cached(folder, "a key"):
+        pass
+
+
+def test_code_that_cannot_be_compiled_is_a_setting_that_is_named() -> None:
+    def work() -> None:
+        torch.compile(lambda x: x.cosh() + 2, options={"cpp.cxx": ("no-such-compiler",)})(torch.ones(11))
+
+    with pytest.raises(SettingsError, match="FLUX_PROFILE=exact cannot be compiled here: .*take FLUX_PROFILE=eager"):
+        compilation.warm_up("exact", work)
+
+
+def test_other_failures_of_the_warm_up_stay_what_they_are() -> None:
+    def work() -> Any:
+        raise DrawingError("not finite")
+
+    with pytest.raises(DrawingError, match="not finite"):
+        compilation.warm_up("exact", work)

@@ -16,10 +16,10 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Path | str | None = None) -> None:
         """Load the models; ``weights`` is the fine-tune that ``COG_WEIGHTS`` names, a path or a URL."""
-        from flux_lora.generator import Generator
+        from flux_lora.assembly import assemble
         from flux_lora.settings import Settings
 
-        self.generator = Generator(Settings.from_environment(), fine_tune=None if weights is None else str(weights))
+        self.generator = assemble(Settings.from_environment(), fine_tune=None if weights is None else str(weights))
 
     def healthcheck(self) -> bool:
         """Say whether the models can still serve."""

@@ -7,7 +7,7 @@ sharp and out of focus. The threshold is the smallest multiple of 0.05 that with
     pip install resvg-py
     python -m benchmarks.calibrate_safety package/icons.json
 
-With ``--save tests/drawings`` the hardest drawings are written out for the tests.
+With ``--save tests/drawing/drawings`` the hardest drawings are written out for the tests.
 """
 
 import argparse

@@ -371,7 +371,7 @@ def _projections(device: torch.device, *, small: bool) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     schemes: tuple[Scheme | None, ...] = (None, "fp8")
     return {
-        f"{scheme or 'plain'}_{kind}_seconds": projections.seconds(kind, tokens, width, dtype, scheme, device)
+        f"{scheme or 'plain'}_{kind}_seconds": projections.time_projection(kind, tokens, width, dtype, scheme, device)
         for scheme in schemes
         for kind in ("separate", "fused")
     }

@@ -73,7 +73,7 @@ def _without_gpu(budgets: Sequence[float], models: Sequence[str]) -> None:
     print(f"\n{'budget':>8}  {'plan, by the numbers':32}{'host':>10}{'peak':>18}{'s/image':>18}{'diffusers':>18}")
     for budget in budgets:
         try:
-            choice = plans.choose(_sizes(models), plans.Room(int(budget * GB) - measure.CONTEXT_BYTES, 2**50))
+            choice = plans.choose_plan(_sizes(models), plans.Room(int(budget * GB) - measure.CONTEXT_BYTES, 2**50))
             plan, host = choice.label, plans.readable(choice.host)
         except DeviceMemoryError:
             plan, host = "none", ""
@@ -219,7 +219,7 @@ def _driver_bytes() -> int:
 
 def _sizes(models: Sequence[str]) -> plans.Sizes:
     networks = {model: _networks(model) for model in models}
-    return measure.sizes(
+    return measure.needed_sizes(
         {
             model: {
                 name: Network(Part(name, Path(name), type(module)), module, dict(module.named_parameters()), {}, {})

@@ -138,19 +138,19 @@ def test_the_attention_kernel_is_one_that_computes_right(tmp_path: Path) -> None
     device = torch.device("cuda:0")
 
     def measure(name: str) -> float | None:
-        return attention.seconds(name, shape, device)
+        return attention.time_kernel(name, shape, device)
 
     given = "attention", attention.EXACT["cuda"], asdict(shape), device, tmp_path, measure
-    name, measured = fastest.choose(*given)
+    name, measured = fastest.choose_fastest(*given)
     assert measured
     assert measure(name) is not None
-    assert fastest.choose(*given) == (name, False)
+    assert fastest.choose_fastest(*given) == (name, False)
 
 
 @pytest.mark.parametrize("plan", ["alternating", "offload-text", "streamed"])
 def test_every_plan_draws_what_resident_draws(plan: PlanName, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for no block to stay: all of them pass through the slots, on a stream of their own."""
-    monkeypatch.setattr(measure, "room", lambda *_: Room(0, 2**40))
+    monkeypatch.setattr(measure, "available_room", lambda *_: Room(0, 2**40))
     expected, generator = (
         build(),
         Generator(Settings(weights=MINI, device="cuda", memory_plan=plan), log=lambda _: None),
@@ -200,7 +200,7 @@ def test_an_exhausted_device_is_survived() -> None:
 
 def test_a_budget_becomes_the_allocators_cap() -> None:
     try:
-        measured = measure.room(torch.device("cuda:0"), 4 * 2**30)
+        measured = measure.available_room(torch.device("cuda:0"), 4 * 2**30)
         assert measured.device <= 4 * 2**30 - measure.CONTEXT_BYTES
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(4 * 2**30, dtype=torch.uint8, device="cuda")

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from flux_lora import generator as story
+from flux_lora.assembly import assemble
 from flux_lora.errors import (
     AdapterError,
     DrawingError,
@@ -25,7 +26,9 @@ from flux_lora.errors import (
     SettingsError,
     WeightsError,
 )
-from flux_lora.generator import Generator
+from flux_lora.files import outputs
+from flux_lora.finishing import Finisher
+from flux_lora.generator import Generator, Observer, Step
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from tests.conftest import MINI
@@ -41,7 +44,7 @@ WITNESS = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
 
 
 def build(weights: Path = MINI, fine_tune: str | None = None, **settings: Any) -> Generator:
-    return Generator(Settings(weights=weights, **settings), fine_tune, log=lambda _: None)
+    return assemble(Settings(weights=weights, **settings), fine_tune, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,32 @@ def generator() -> Generator:
     return build()
 
 
-def draw(generator: Generator, **inputs: Any) -> list[bytes]:
-    return [path.read_bytes() for path in generator.draw(Request.parse(**inputs), lambda *_: None)]
+def draw(generator: Generator, observer: Observer | None = None, **inputs: Any) -> list[bytes]:
+    return [path.read_bytes() for path in generator.draw(Request.parse(**inputs), lambda *_: None, observer)]
+
+
+def with_checker(generator: Generator, score: Callable[[], float]) -> Generator:
+    """The same generator with a checker that scores as told."""
+
+    class Checker:
+        name, threshold = "told", 0.5
+
+        def score(self, _: Image.Image) -> float:
+            return score()
+
+    finisher = Finisher(generator.parts.beside, Checker(), embed=True)
+    return Generator(replace(generator.parts, finisher=finisher))
+
+
+def failing_at(image: int, error: BaseException, before: Callable[[], object] = lambda: None) -> Observer:
+    """An observer that raises after the first step of an image, counted from 1."""
+
+    def observe(step: Step) -> None:
+        if step.image == image:
+            before()
+            raise error
+
+    return observe
 
 
 def pixels(generator: Generator, **inputs: Any) -> np.ndarray:
@@ -148,9 +175,9 @@ def test_dev_and_schnell_keep_their_own_states(generator: Generator) -> None:
 
 def test_a_request_touches_only_what_it_uses(generator: Generator) -> None:
     draw(generator, **WITNESS, model="schnell", lora_scale=0.25)
-    before = generator._transformers["schnell"].state
+    before = generator.parts.transformers["schnell"].state
     draw(generator, **WITNESS, model="dev", lora_scale=0.75)
-    assert generator._transformers["schnell"].state == before
+    assert generator.parts.transformers["schnell"].state == before
 
 
 @pytest.mark.parametrize("size", [(256, 256), (1392, 256), (272, 304), (1040, 1008)])
@@ -164,25 +191,13 @@ def test_sizes_off_the_grid_are_the_centre_of_the_next_larger(generator: Generat
     assert np.array_equal(actual, whole[top : top + height, left : left + width])
 
 
-def test_a_failure_in_the_middle_leaves_no_file_and_no_trace(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_in_the_middle_leaves_no_file_and_no_trace(generator: Generator) -> None:
     before = draw(generator, **WITNESS)
-    home = generator._outputs._home
-    calls = iter(range(3))
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return denoise(*arguments, **options)
-
-    denoise = story.denoise
-    monkeypatch.setattr(story, "denoise", failing)
+    interrupted = failing_at(3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        draw(generator, **WITNESS | {"seed": 50}, num_outputs=4, lora_scale=0.4)
-    monkeypatch.undo()
-    generator._workers.submit(int).result()  # the worker has ended what it had begun
-    assert [path for path in home.rglob("*") if path.is_file()] == []
+        draw(generator, interrupted, **WITNESS | {"seed": 50}, num_outputs=4, lora_scale=0.4)
+    generator.parts.beside.clear()
+    assert [path for path in generator.parts.outputs.home.rglob("*") if path.is_file()] == []
     assert draw(generator, **WITNESS) == before
 
 
@@ -210,49 +225,36 @@ def test_the_absent_model_is_refused_with_the_command_that_fetches_it(weights: P
         draw(build(weights), **WITNESS, model="schnell")
 
 
-def test_withheld_images_leave_the_others(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withheld_images_leave_the_others(generator: Generator) -> None:
     checked = WITNESS | {"disable_safety_checker": False, "num_outputs": 3}
     metrics: dict[str, Any] = {}
     scores = iter([0.0, 1.0, 0.0])
-    monkeypatch.setattr(generator._checker, "score", lambda _: next(scores), raising=True)
-    paths = generator.draw(Request.parse(**checked), metrics.__setitem__)
+    checking = with_checker(generator, lambda: next(scores))
+    paths = checking.draw(Request.parse(**checked), metrics.__setitem__)
     assert [path.name for path in paths] == ["0-seed7.png", "2-seed9.png"]
     assert metrics["withheld_seeds"] == [8]
     assert metrics["images"] == 2
 
 
-def test_a_checker_that_cannot_run_withholds(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Image.Image) -> float:
+def test_a_checker_that_cannot_run_withholds(generator: Generator) -> None:
+    def broken() -> float:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(generator._checker, "score", broken)
     with pytest.raises(SafetyError, match="seed 7"):
-        draw(generator, **WITNESS | {"disable_safety_checker": False})
+        draw(with_checker(generator, broken), **WITNESS | {"disable_safety_checker": False})
     assert draw(generator, **WITNESS)
 
 
-def test_what_was_done_is_recorded_when_a_later_image_fails(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_done_is_recorded_when_a_later_image_fails(generator: Generator) -> None:
     metrics: dict[str, Any] = {}
     lines: list[str] = []
-    calls = iter(range(3))
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == 2:
-            generator._workers.submit(int).result()  # the two images before are finished
-            raise DrawingError("no")
-        return denoise(*arguments, **options)
-
-    denoise = story.denoise
-    monkeypatch.setattr(story, "denoise", failing)
-    monkeypatch.setattr(generator, "_log", lines.append)
     scores = iter([0.0, 1.0])
-    monkeypatch.setattr(generator._checker, "score", lambda _: next(scores))
+    checking = Generator(replace(with_checker(generator, lambda: next(scores)).parts, log=lines.append))
+    request = Request.parse(**WITNESS | {"disable_safety_checker": False, "num_outputs": 3})
+    # The observer waits until the two images before are finished.
+    failing = failing_at(3, DrawingError("no"), before=lambda: checking.parts.beside.submit(int).result())
     with pytest.raises(DrawingError):
-        generator.draw(
-            Request.parse(**WITNESS | {"disable_safety_checker": False, "num_outputs": 3}), metrics.__setitem__
-        )
+        checking.draw(request, metrics.__setitem__, failing)
     assert metrics["withheld_seeds"] == [8]
     assert metrics["seed"] == 7
     assert metrics["decode_seconds"] > 0
@@ -264,21 +266,19 @@ def test_one_image_is_finished_while_the_next_is_denoised(
 ) -> None:
     """The first decode waits for the second denoising to begin: run one after the other, they would wait for ever."""
     second = threading.Event()
-    denoised = iter(range(2))
+    vae = generator.parts.pipelines["dev"].vae
+    decode = vae.decode
 
-    def counting(*arguments: Any, **options: Any) -> Any:
-        if next(denoised) == 1:
+    def observe(step: Step) -> None:
+        if step.image == 2:
             second.set()
-        return denoise(*arguments, **options)
 
-    def waiting(*arguments: Any) -> Any:
+    def waiting(*arguments: Any, **options: Any) -> Any:
         assert second.wait(20)
-        return decode(*arguments)
+        return decode(*arguments, **options)
 
-    denoise, decode = story.denoise, story.decode
-    monkeypatch.setattr(story, "denoise", counting)
-    monkeypatch.setattr(story, "decode", waiting)
-    assert len(draw(generator, **WITNESS, num_outputs=2)) == 2
+    monkeypatch.setattr(vae, "decode", waiting)
+    assert len(draw(generator, observe, **WITNESS, num_outputs=2)) == 2
 
 
 def test_the_prompt_is_read_while_the_fine_tune_is_merged_into_the_transformer(
@@ -286,7 +286,7 @@ def test_the_prompt_is_read_while_the_fine_tune_is_merged_into_the_transformer(
 ) -> None:
     """Each waits for the other to begin: run one after the other, they would wait for ever."""
     reading, merging = threading.Event(), threading.Event()
-    pipeline, transformer = generator._pipelines["dev"], generator._transformers["dev"]
+    pipeline, transformer = generator.parts.pipelines["dev"], generator.parts.transformers["dev"]
     encode, bring = pipeline.encode_prompt, transformer.bring
 
     def reads(*arguments: Any, **options: Any) -> Any:
@@ -302,7 +302,7 @@ def test_the_prompt_is_read_while_the_fine_tune_is_merged_into_the_transformer(
     expected = draw(generator, **WITNESS | {"prompt": "another one"}, lora_scale=0.7)
     monkeypatch.setattr(pipeline, "encode_prompt", reads)
     monkeypatch.setattr(transformer, "bring", merges)
-    generator._prompts._known.clear()
+    generator.parts.prompts.forget()
     assert draw(generator, **WITNESS | {"prompt": "another one"}, lora_scale=0.7) == expected
 
 
@@ -312,7 +312,7 @@ def test_a_request_cancelled_while_its_prompt_is_read_leaves_the_next_one_right(
     """What is still being read then must not see the text encoders that the next request brings elsewhere."""
     generator = build(fine_tune=clip_lora(tmp_path))
     expected = {scale: draw(generator, **WITNESS, lora_scale=scale) for scale in (0.3, 0.7)}
-    pipeline, transformer = generator._pipelines["dev"], generator._transformers["dev"]
+    pipeline, transformer = generator.parts.pipelines["dev"], generator.parts.transformers["dev"]
     encode, began = pipeline.encode_prompt, threading.Event()
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -324,7 +324,7 @@ def test_a_request_cancelled_while_its_prompt_is_read_leaves_the_next_one_right(
         assert began.wait(20)
         raise KeyboardInterrupt
 
-    generator._prompts._known.clear()
+    generator.parts.prompts.forget()
     with monkeypatch.context() as patches:
         patches.setattr(pipeline, "encode_prompt", slow)
         patches.setattr(transformer, "bring", cancelled)
@@ -337,28 +337,27 @@ def test_a_request_cancelled_while_its_prompt_is_read_leaves_the_next_one_right(
 def test_an_image_is_encoded_while_it_is_checked(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check waits for the encoding to begin: run one after the other, it would wait for ever."""
     encoding = threading.Event()
-    encode, judge = story.outputs.encode, story.safety.judge
+    encode = outputs.encode
 
     def noting(*arguments: Any, **options: Any) -> bytes:
         encoding.set()
         return encode(*arguments, **options)
 
-    def waiting(*arguments: Any) -> Any:
+    def waiting() -> float:
         assert encoding.wait(20)
-        return judge(*arguments)
+        return 0.0
 
-    monkeypatch.setattr(story.outputs, "encode", noting)
-    monkeypatch.setattr(story.safety, "judge", waiting)
-    assert draw(generator, **WITNESS | {"disable_safety_checker": False})
+    monkeypatch.setattr(outputs, "encode", noting)
+    assert draw(with_checker(generator, waiting), **WITNESS | {"disable_safety_checker": False})
 
 
 def test_a_known_prompt_is_not_encoded_again(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(generator, **WITNESS | {"prompt": "a known one"})
-    for pipeline in generator._pipelines.values():
+    for pipeline in generator.parts.pipelines.values():
         monkeypatch.setattr(pipeline, "encode_prompt", None)
     # FluxPipeline passes through what it is given by the same method.
-    passing = type(generator._pipelines["dev"]).encode_prompt
-    for pipeline in generator._pipelines.values():
+    passing = type(generator.parts.pipelines["dev"]).encode_prompt
+    for pipeline in generator.parts.pipelines.values():
 
         def only_given(*arguments: Any, pipeline: Any = pipeline, **options: Any) -> Any:
             assert options["prompt_embeds"] is not None
@@ -368,17 +367,16 @@ def test_a_known_prompt_is_not_encoded_again(generator: Generator, monkeypatch: 
     assert draw(generator, **WITNESS | {"prompt": "a known one"})
 
 
-def test_what_has_no_effect_is_logged(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_effect_is_logged(generator: Generator) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(generator, "_log", lines.append)
     asked = {"prompt": "a", "width": 256, "model": "schnell", "guidance_scale": 9, "num_inference_steps": 1}
-    generator.draw(Request.parse(**asked), lambda *_: None)
+    Generator(replace(generator.parts, log=lines.append)).draw(Request.parse(**asked), lambda *_: None)
     assert sum("ignored" in line for line in lines) == 2
 
 
 def test_the_type_on_a_cpu_is_a_setting(generator: Generator) -> None:
     narrow = build(cpu_dtype="bfloat16")
-    assert narrow._pipelines["dev"].transformer.dtype == torch.bfloat16
+    assert narrow.parts.pipelines["dev"].transformer.dtype == torch.bfloat16
     assert draw(narrow, **WITNESS) != draw(generator, **WITNESS)
 
 
@@ -407,13 +405,13 @@ def test_a_fine_tune_that_cannot_be_applied_fails_set_up(weights: Path, case: st
 
 def test_a_fine_tune_may_be_named_as_in_the_weights_directory(weights: Path) -> None:
     (weights / "lora.safetensors").rename(weights / "mine.safetensors")
-    assert build(weights, "mine.safetensors")._fine_tune is not None
+    assert build(weights, "mine.safetensors").parts.adapters.fine_tune is not None
 
 
 def test_a_fine_tune_may_be_the_file_itself(tmp_path: Path) -> None:
     content = base64.b64encode((MINI / "lora.safetensors").read_bytes()).decode()
     used = build(without_lora(tmp_path / "w"), f"data:;base64,{content}", adapter_cache=tmp_path / "cache")
-    assert used._fine_tune is not None
+    assert used.parts.adapters.fine_tune is not None
 
 
 def test_a_named_fine_tune_that_is_missing_fails_set_up(tmp_path: Path) -> None:
@@ -430,7 +428,7 @@ def test_a_bundled_fine_tune_that_is_a_broken_link_fails_set_up(weights: Path) -
 
 def test_the_base_model_alone_says_so(tmp_path: Path) -> None:
     lines: list[str] = []
-    Generator(Settings(weights=without_lora(tmp_path / "weights")), log=lines.append)
+    assemble(Settings(weights=without_lora(tmp_path / "weights")), log=lines.append)
     assert any("base model alone" in line for line in lines)
 
 

@@ -17,9 +17,6 @@ from flux_lora.checkpoint.reading import StoredTensor, fill, stored_tensors
 from flux_lora.device.libraries import diffusers
 from flux_lora.errors import WeightsError
 
-ADAPTABLE = ("text_encoder", "text_encoder_2", "transformer")
-"""The components that adapters change."""
-
 OLDER_CLIP_PREFIX = "text_model."
 """Files of CLIP that transformers 4 wrote, FLUX.1's own among them, have it; the module's parameters do not."""
 
@@ -27,18 +24,21 @@ LIBRARY_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attrib
 """What diffusers and transformers raise on damaged files."""
 
 
+Fill = Callable[[Iterable[tuple[StoredTensor, Tensor]]], None]
+"""Fills tensors, of any type on any device, with the base weights that are stored for them."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network without its weights, and where they are stored."""
 
-    part: Part
     module: nn.Module
     parameters: Mapping[str, nn.Parameter]
     """By the names that ``named_parameters`` gives them: a tied one has one name."""
     stored: Mapping[str, StoredTensor]
-    """Of each of them, where its base weights are …"""
+    """Where the base weights of each parameter are."""
     readers: Mapping[str, Callable[[], Tensor]]
-    """… and how to read them once more: mapped then, and not before."""
+    """How to read the base weights of each parameter once more; nothing is read before the call."""
 
     def unload(self, names: Iterable[str]) -> None:
         """Free the weights of some parameters; what computes with them from now on gives NaN."""
@@ -52,36 +52,18 @@ class Checkpoints:
     """What a weights directory holds, by model."""
 
     pipelines: Mapping[str, Any]
-    """A FluxPipeline each; the shared components are the same objects."""
+    """A FluxPipeline for each model; shared components are the same objects."""
     networks: Mapping[str, Mapping[str, Network]]
-    """Of each pipeline, by component; the shared ones are the same objects."""
+    """The networks of each pipeline by component; shared ones are the same objects."""
     fingerprints: Mapping[str, str]
-    """Of the base weights that each draws with."""
+    """A digest of the base weights that each model draws with."""
     notes: list[str]
     """What the operator should know, for the log."""
+    fill: Fill = fill
+    """Loads base weights."""
 
 
-def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoints:
-    """Load all that a weights directory holds to ``device``, each shared component once.
-
-    Raises:
-        WeightsError: no base weights, or weights that are damaged or of another architecture.
-    """
-    assembled = assemble(directory, dtype)
-    networks = {
-        network.part.folder: network for of_model in assembled.networks.values() for network in of_model.values()
-    }
-    reads = []
-    for network in networks.values():
-        for name, parameter in network.parameters.items():
-            parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
-            reads.append((network.stored[name], parameter.data))
-        move_buffers(network.module, device)
-    fill(reads)
-    return assembled
-
-
-def assemble(directory: Path, dtype: torch.dtype) -> Checkpoints:
+def open_directory(directory: Path, dtype: torch.dtype) -> Checkpoints:
     """Make the pipelines of a weights directory, and check its files; no weights are read.
 
     Raises:
@@ -125,7 +107,7 @@ def _network(part: Part, dtype: torch.dtype) -> Network:
     _refuse(part, "not part of it", surplus)
     _refuse(part, "of another shape", (name for name in stored if stored[name].shape != tuple(parameters[name].shape)))
     readers = {name: partial(_read, tensor) for name, tensor in stored.items()}
-    return Network(part, module, parameters, stored, readers)
+    return Network(module, parameters, stored, readers)
 
 
 def _empty(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:

@@ -13,8 +13,8 @@ CGROUP = Path("/sys/fs/cgroup")
 CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
-def choose(name: str) -> torch.device:
-    """The device that ``FLUX_DEVICE`` names; ``auto`` is the first CUDA device, else the CPU.
+def find_device(name: str) -> torch.device:
+    """Find the device that ``FLUX_DEVICE`` names; ``auto`` is the first CUDA device, else the CPU.
 
     Raises:
         SettingsError: there is no such device here.

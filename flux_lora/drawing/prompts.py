@@ -5,16 +5,17 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from flux_lora.drawing.pipeline import Pipeline, Tokenizer
 
 SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Embeddings:
     """What the transformer reads of a prompt: T5's tokens (1, limit, d_model) and CLIP's summary (1, hidden_size)."""
 
     tokens: Tensor
@@ -25,10 +26,15 @@ class PromptEncoder:
     """Encodes prompts with a pipeline's text encoders and remembers the last ``capacity`` of them."""
 
     def __init__(self, capacity: int) -> None:
+        """Remember nothing yet."""
         self._capacity = capacity
-        self._known: OrderedDict[Hashable, Encoded] = OrderedDict()
+        self._known: OrderedDict[Hashable, Embeddings] = OrderedDict()
 
-    def encode(self, pipeline: Any, prompt: str, limit: int, encoders: Hashable) -> Encoded:
+    def forget(self) -> None:
+        """Forget every prompt."""
+        self._known.clear()
+
+    def encode(self, pipeline: Pipeline, prompt: str, limit: int, encoders: Hashable) -> Embeddings:
         """Encode ``prompt`` with at most ``limit`` T5 tokens.
 
         Args:
@@ -41,15 +47,15 @@ class PromptEncoder:
             return known
         with torch.no_grad():
             tokens, pooled, _ = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=limit)
-        encoded = Encoded(tokens, pooled)
-        self._known[key] = encoded
+        embeddings = Embeddings(tokens, pooled)
+        self._known[key] = embeddings
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)
-        return encoded
+        return embeddings
 
 
-def readable(tokenizer: Any, prompt: str, limit: int) -> tuple[str, str]:
-    """What is enough to encode of a prompt, and which part of it T5 does not read within ``limit`` tokens.
+def read_part(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, str]:
+    """Find the part of a prompt that is enough to encode, and the part that T5 does not read within ``limit`` tokens.
 
     T5 splits a text at its spaces and gives each word at least one token, so a beginning of more words than tokens are
     read encodes as the whole prompt does. Megabytes of text are not worth tokenizing.

@@ -100,11 +100,11 @@ class Outputs:
             # It gets the name that others sweep by when it is locked, and not before.
             unlocked = Path(tempfile.mkdtemp(prefix="flux-lora-new-", dir=parent))
             self._lock = _lock(unlocked)
-            self._home = unlocked.rename(parent / (HOME + unlocked.name[-SUFFIX:]))
+            self.home = unlocked.rename(parent / (HOME + unlocked.name[-SUFFIX:]))
         except OSError as error:
             raise _no_directory(parent, error) from error
         self._janitor = subprocess.Popen(
-            ["/bin/sh", "-c", "trap '' HUP INT TERM; cat; rm -rf -- \"$1\"", "sh", self._home],
+            ["/bin/sh", "-c", "trap '' HUP INT TERM; cat; rm -rf -- \"$1\"", "sh", self.home],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -119,13 +119,13 @@ class Outputs:
         """
         self.discard()
         try:
-            if not self._home.is_dir():  # something that cleans temporary directories took it
-                self._home.mkdir(mode=0o700)
+            if not self.home.is_dir():  # something that cleans temporary directories took it
+                self.home.mkdir(mode=0o700)
                 os.close(self._lock)
-                self._lock = _lock(self._home)
-            return Path(tempfile.mkdtemp(dir=self._home))
+                self._lock = _lock(self.home)
+            return Path(tempfile.mkdtemp(dir=self.home))
         except OSError as error:
-            raise _no_directory(self._home, error) from error
+            raise _no_directory(self.home, error) from error
 
     def discard(self) -> None:
         """Remove all files.
@@ -136,7 +136,7 @@ class Outputs:
         interruption: BaseException | None = None
         for _ in range(REMOVAL_ATTEMPTS):
             try:
-                leftovers = list(self._home.iterdir()) if self._home.is_dir() else []
+                leftovers = list(self.home.iterdir()) if self.home.is_dir() else []
                 for leftover in leftovers:
                     # Renamed first: whoever writes faster than files are removed fails from now on.
                     gone = leftover if leftover.suffix == GONE else leftover.rename(leftover.with_suffix(GONE))
@@ -158,7 +158,7 @@ class Outputs:
         """
         for path in paths:
             if not path.is_file() or not path.stat().st_size:
-                raise OutputError(f"{path.name} was written and is gone: something empties {self._home.parent}.")
+                raise OutputError(f"{path.name} was written and is gone: something empties {self.home.parent}.")
 
     def close(self) -> None:
         """Remove the home, as the end of the process does."""

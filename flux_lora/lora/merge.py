@@ -16,7 +16,7 @@ from flux_lora.device import devices
 from flux_lora.device.transfers import Lane
 from flux_lora.lora.deltas import Delta, Update
 from flux_lora.lora.formats import Adapter
-from flux_lora.speed.quantization import QuantizedLinear, Scheme, quantize, quantized_layers
+from flux_lora.speed.quantization import QuantizedLinear, quantized_layers
 
 HOST = torch.device("cpu")
 
@@ -61,18 +61,16 @@ class MergedModule:
         component: str,
         module: torch.nn.Module,
         stored: Mapping[str, ReadPristine],
-        scheme: Scheme | None = None,
         *,
         device: torch.device | None = None,
         base: Base = lambda _: None,
     ) -> None:
-        """Take a module that holds the base weights, quantized already or not.
+        """Take a module that holds the base weights, or whose quantized layers stand for them.
 
         Args:
             component: the adapters' name for it: transformer, text_encoder or text_encoder_2.
             module: changed in place from now on, and by nothing else.
             stored: read a parameter's base weights once more from its file, for where memory has no room to keep them.
-            scheme: quantize the module now, and keep the base weights as they are before that.
             device: where sums are computed, wherever the weights live: a sum's last bits depend on it. None: where the
                 weights are.
             base: asked for a parameter's base weights before any room is taken to keep them.
@@ -83,9 +81,8 @@ class MergedModule:
         self._base = base
         # Of what is, or may be, changed, and of all that is quantized.
         self._pristine: dict[str, Tensor | ReadPristine] = {}
-        self._held: dict[str, State | None] = {}  # what is merged into each of those; None: perhaps half of it
-        if scheme:
-            quantize(module, scheme, self._keep_quantized)
+        self._held: dict[str, State] = {}  # what is merged into each of those
+        self._torn: set[str] = set()  # those that an interrupted merge may have left half written
         self._parameters: dict[str, Weight] = {**dict(module.named_parameters()), **quantized_layers(module)}
         self._state: State | None = ()  # None when parameters differ, or a merge was interrupted: never served
 
@@ -115,20 +112,22 @@ class MergedModule:
         contributions = self._contributions(adapters)
         with torch.no_grad():
             for name in self._held.keys() - contributions.keys():
-                self._held[name] = None
+                self._torn.add(name)
                 _write(self._parameters[name], 0, self._read_pristine(name))
+                self._torn.remove(name)
                 del self._held[name]
                 if isinstance(self._parameters[name], Tensor):  # of quantized weights nothing else holds the base
                     del self._pristine[name]
             stale = [
-                [name for name in group if self._held.get(name) != _in_order(contributions[name])]
+                [name for name in group if name in self._torn or self._held.get(name) != _in_order(contributions[name])]
                 for group in _groups(contributions)
             ]
             bases = self._uploaded([name for group in stale for name in group])
             for group in stale:
-                self._held |= dict.fromkeys(group)
-                self._merge_group({name: contributions[name] for name in group}, bases)
                 self._held |= {name: _in_order(contributions[name]) for name in group}
+                self._torn.update(group)
+                self._merge_group({name: contributions[name] for name in group}, bases)
+                self._torn.difference_update(group)
         self._state = wanted
         return True
 
@@ -136,7 +135,8 @@ class MergedModule:
         """Take note that parameters no longer hold what was merged: when they return, they hold the base weights."""
         for name in names:
             self._pristine.pop(name, None)
-            if self._held.pop(name, ()) != ():
+            self._torn.discard(name)
+            if self._held.pop(name, None):
                 self._state = None
 
     def where(self) -> str:
@@ -146,7 +146,7 @@ class MergedModule:
             place = f"on {kept.device}" if isinstance(kept, Tensor) else "in their files"
             sizes[place] += _nbytes(self._parameters[name])
         places = ", ".join(f"{size / 2**20:,.0f} MiB {place}" for place, size in sorted(sizes.items()))
-        return f"pristine: {places}" if places else "all pristine"
+        return f"pristine weights kept: {places}" if places else "no pristine weights kept"
 
     def _updates(self, adapter: Adapter) -> list[Update]:
         updates = adapter.updates.get(self._component, ())
@@ -235,11 +235,6 @@ class MergedModule:
         if _has_room(device, size):
             return kept.to(device, copy=True)
         return self._keep_off_device(name, kept, device)
-
-    def _keep_quantized(self, name: str, base: Tensor) -> None:
-        """Keep the base weights that a quantized layer lets go of, where they are if there is room."""
-        room = _has_room(base.device, 0)
-        self._pristine[name] = base if room else self._keep_off_device(name, base, base.device)
 
     def _keep_off_device(self, name: str, base: Tensor, device: torch.device) -> Tensor | ReadPristine:
         if name in self._stored and not _has_room(HOST, base.nbytes):

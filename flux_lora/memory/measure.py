@@ -36,8 +36,8 @@ DECODE_TENSORS, STRIPS_TENSORS = 3.05, 1.7
 """The same of the decoder, for each pixel and channel of its last block's input; counted: 3.0 whole, 1.64 in strips."""
 
 
-def room(device: torch.device, asked: int | None) -> Room:
-    """What may be taken: the least of the device's free memory, the allocator's cap, and ``FLUX_MEMORY_BUDGET``.
+def available_room(device: torch.device, asked: int | None) -> Room:
+    """Measure what may be taken: the least of free memory, the allocator's cap, and ``FLUX_MEMORY_BUDGET``.
 
     On a GPU a budget becomes the allocator's cap, with room for the context, so that the process keeps to it.
     """
@@ -52,7 +52,7 @@ def room(device: torch.device, asked: int | None) -> Room:
     return Room(allowed, host, limited_by=_limit(measured, allowed))
 
 
-def sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dtype) -> Sizes:
+def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dtype) -> Sizes:
     """What the networks of each model take, in ``dtype``."""
     shared = next(iter(networks.values()))
     transformers = {model: weights("transformer", of_model["transformer"]) for model, of_model in networks.items()}

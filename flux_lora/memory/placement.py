@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from flux_lora.checkpoint.assembling import Checkpoints, Network, move_buffers
-from flux_lora.checkpoint.reading import StoredTensor, fill
+from flux_lora.checkpoint.reading import StoredTensor
 from flux_lora.device import devices
 from flux_lora.device.transfers import Arena, host_memory, lay_out, release
 from flux_lora.errors import DeviceMemoryError
-from flux_lora.memory import measure as measured
-from flux_lora.memory import plans
+from flux_lora.memory import measure, plans
 from flux_lora.memory.plans import Choice, Room, Sizes, Where, readable
 from flux_lora.memory.streaming import Stream, StreamedBlock
 from flux_lora.settings import Settings
@@ -40,33 +39,36 @@ def ran_out(error: BaseException) -> bool:
 
 
 def place(
-    loaded: Checkpoints,
+    checkpoints: Checkpoints,
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype,
     log: Log,
     scheme: Scheme | None = None,
+    room: Room | None = None,
 ) -> "Placement":
     """Choose a memory plan for what there is room for, say so, and load the weights as it says.
 
     Args:
-        loaded: networks without weights.
+        checkpoints: networks without weights.
         settings: the operator's.
         device: computes.
         dtype: of the weights.
         log: receives one readable line at a time.
         scheme: how the speed profile quantizes transformers, if it does; what is streamed is not quantized.
+        room: what the models may take; None: what is measured.
 
     Raises:
         DeviceMemoryError: no plan fits; the message holds the numbers.
         WeightsError: a file cannot be read.
     """
-    sizes, room = measured.sizes(loaded.networks, dtype), measured.room(device, settings.memory_budget)
-    choice = plans.choose(sizes, room, lossy=scheme is not None, named=settings.memory_plan)
-    placement = Placement(loaded, sizes, room, choice, device, log, scheme)
-    log(placement.describe())
-    placement.surviving(lambda: placement.enter(next(iter(loaded.networks))))
-    return placement
+    sizes = measure.needed_sizes(checkpoints.networks, dtype)
+    room = room or measure.available_room(device, settings.memory_budget)
+    choice = plans.choose_plan(sizes, room, lossy=scheme is not None, named=settings.memory_plan)
+    memory = Placement(checkpoints, sizes, room, choice, device, log, scheme)
+    log(memory.describe())
+    memory.with_fallback(lambda: memory.load_model(next(iter(checkpoints.networks))))
+    return memory
 
 
 @dataclass(frozen=True)
@@ -82,96 +84,113 @@ class Orders:
     """Bytes of its blocks that are not streamed."""
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a network's base weights wait in host memory."""
+
+    whole: tuple[str, ...]
+    """The parameters that go to the device as a whole: neither streamed nor quantized."""
+    base: Arena | None
+    """Their base weights; None: they are read from their files."""
+    precise: Arena | None
+    """The base weights of what is quantized; None: they are read from their files."""
+    stream: Stream | None
+    """Sends the blocks that are streamed."""
+
+
 @dataclass
 class Placed:
-    """One network, and where its weights are."""
+    """One network, and where its weights are: nowhere, at home, or at home and on the device."""
 
     component: str
     network: Network
     device: torch.device
     orders: Orders
+    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
+    """The layers in eight bits by the names of the weights that they stand for."""
     when_unloaded: list[Callable[[Sequence[str]], None]] = field(default_factory=list)
     """Called with the names of parameters whose weights are freed: when they come back, they are the base weights."""
-    settled: bool = False
-    inside: bool = False
+    home: Home | None = None
+    """None: nothing is in memory."""
+    on_device: bool = False
     """Whether all that is not streamed is on the device."""
-    held: tuple[str, ...] = ()
-    """The parameters that are not streamed."""
-    home: Arena | None = None
-    """Their base weights in host memory."""
-    stream: Stream | None = None
-    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
-    """By the names of the weights whose places they have."""
-    precise: Arena | None = None
-    """The base weights of those in host memory."""
     fused: bool = False
     """Whether query, key and value are one product, where nothing is streamed."""
 
-    def settle(self) -> Reads:
-        """Make room as ordered; returns what is to be read from files now."""
-        self.settled = True
+    @property
+    def stream(self) -> Stream | None:
+        """What sends the network's blocks, if they are streamed and in memory."""
+        return self.home.stream if self.home else None
+
+    def make_home(self) -> Reads:
+        """Make room in host memory as ordered; returns what is to be read for that."""
         reads: Reads = []
-        streamed: set[str] = set()
+        streamed: Mapping[str, Tensor] = {}
+        stream = None
         if self.orders.where == "streamed":
-            self.stream, weights = self._make_stream()
-            streamed, reads = set(weights), self._reads(weights)
-        elsewhere = streamed | self.quantized.keys()
-        self.held = projections.in_order(name for name in self.network.parameters if name not in elsewhere)
+            stream, streamed = self._make_stream()
+            reads += self._reads(streamed)
+        elsewhere = streamed.keys() | self.quantized.keys()
+        whole = projections.in_order(name for name in self.network.parameters if name not in elsewhere)
+        base = precise = None
         if self.orders.leaves and self.orders.kept:
-            self.home = self._lay_out(self.held, lambda size: host_memory(size, self.device))
-            self.precise = self._lay_out(self.quantized, lambda size: host_memory(size, self.device))
-            reads += self._reads(self.home.tensors) + self._reads(self.precise.tensors)
+            base = self._lay_out(whole, lambda size: host_memory(size, self.device))
+            precise = self._lay_out(self.quantized, lambda size: host_memory(size, self.device))
+            reads += self._reads(base.tensors) + self._reads(precise.tensors)
+        self.home = Home(whole, base, precise, stream)
         return reads
 
-    def arrive(self) -> Reads:
-        """Bring to the device what is not streamed; returns what is to be read from files for that."""
+    def move_in(self, home: Home) -> Reads:
+        """Bring to the device what is not streamed; returns what is to be read for that."""
         for layer in self.quantized.values():
             layer.move(self.device)
         move_buffers(self.network.module, self.device)
-        there = self._lay_out(self.held, lambda size: torch.empty(size, dtype=torch.uint8, device=self.device))
-        if self.home:
-            there.memory.copy_(self.home.memory, non_blocking=True)
+        there = self._lay_out(home.whole, lambda size: torch.empty(size, dtype=torch.uint8, device=self.device))
+        if home.base:
+            there.memory.copy_(home.base.memory, non_blocking=True)
         for name, tensor in there.tensors.items():
             self.network.parameters[name].data = tensor
         for name, layer in self.quantized.items():
-            base = self.precise.tensors[name] if self.precise else self.network.readers[name]().to(layer.dtype)
+            base = home.precise.tensors[name] if home.precise else self.network.readers[name]().to(layer.dtype)
             layer.write_rows(0, len(base), base)
-        self.inside = True
+        self.on_device = True
         self._fuse()
-        return [] if self.home else self._reads(there.tensors)
+        return [] if home.base else self._reads(there.tensors)
 
-    def leave(self) -> None:
-        """Make room on the device, if so ordered."""
+    def make_way(self) -> None:
+        """Leave the device, if so ordered."""
         if self.stream:
-            self.stream.leave()
+            self.stream.free_slots()
         if self.orders.leaves and not self.orders.kept:
-            self.unsettle()
-        elif self.orders.leaves and self.inside:
-            self.inside = False
-            self._unload((*self.held, *self.quantized))
+            self.unload()
+        elif self.orders.leaves and self.on_device and self.home:
+            self.on_device = False
+            self._free((*self.home.whole, *self.quantized))
 
-    def unsettle(self) -> None:
+    def unload(self) -> None:
         """Free all memory."""
         if self.stream:
             self.stream.end()
-        self._unload(self.network.parameters)
-        self.settled, self.inside, self.stream, self.home, self.precise = False, False, None, None, None
+        self._free(self.network.parameters)
+        self.home, self.on_device = None, False
 
     def fuse(self) -> None:
         """Compute query, key and value as one from now on, now and whenever the weights are on the device."""
         self.fused = True
-        if self.inside:
+        if self.on_device:
             self._fuse()
 
     def base(self, name: str) -> Tensor | Callable[[], Tensor] | None:
         """Where the base weights of a parameter are beside itself; None: nowhere, so they are to be kept."""
-        if not self.orders.leaves or (name not in self.held and name not in self.quantized):
+        if not self.home or not self.orders.leaves:
             return None
-        home = self.precise if name in self.quantized else self.home
-        return home.tensors[name] if home else self.network.readers[name]
+        for names, arena in ((self.quantized, self.home.precise), (self.home.whole, self.home.base)):
+            if name in names:
+                return arena.tensors[name] if arena else self.network.readers[name]
+        return None
 
     def _make_stream(self) -> tuple[Stream | None, Mapping[str, Tensor]]:
-        names = measured.block_names(self.component, self.network)
+        names = measure.block_names(self.component, self.network)
         sizes = [sum(self.network.parameters[name].nbytes for name in of_block) for of_block in names.values()]
         staying = plans.staying(sizes, self.orders.stay)
         passing = [prefix for index, prefix in enumerate(names) if index not in staying]
@@ -182,7 +201,7 @@ class Placed:
         modules = [self.network.module.get_submodule(prefix) for prefix in passing]
         stream = Stream(modules, blocks, self.device) if blocks else None
         if stream:
-            stream.rest()
+            stream.reset()
         return stream, {name: tensor for block in blocks for name, tensor in block.host.tensors.items()}
 
     def _lay_out(self, names: Iterable[str], get: Callable[[int], Tensor]) -> Arena:
@@ -197,7 +216,7 @@ class Placed:
         if self.fused and not self.stream:
             projections.fuse(self.network.module)
 
-    def _unload(self, names: Iterable[str]) -> None:
+    def _free(self, names: Iterable[str]) -> None:
         names = list(names)
         if self.fused:
             projections.separate(self.network.module)  # the whole would keep the memory of its parts
@@ -213,7 +232,7 @@ class Placement:
 
     def __init__(
         self,
-        loaded: Checkpoints,
+        checkpoints: Checkpoints,
         sizes: Sizes,
         room: Room,
         choice: Choice,
@@ -221,17 +240,18 @@ class Placement:
         log: Log,
         scheme: Scheme | None = None,
     ) -> None:
-        """Take networks without weights; `enter` loads them."""
+        """Take networks without weights; `load_model` loads them."""
         self._sizes, self._room, self._device, self._log = sizes, room, device, log
+        self._load_weights = checkpoints.fill
         self.choice = choice
-        shared = next(iter(loaded.networks.values()))
+        shared = next(iter(checkpoints.networks.values()))
         self._placed: dict[str, Placed] = {}
         for key, component, network in (
             *((name, name, network) for name, network in shared.items() if name != "transformer"),
-            *((model, "transformer", networks["transformer"]) for model, networks in loaded.networks.items()),
+            *((model, "transformer", networks["transformer"]) for model, networks in checkpoints.networks.items()),
         ):
             self._placed[key] = Placed(component, network, device, self._orders(component))
-        self._models = tuple(loaded.networks)
+        self._models = tuple(checkpoints.networks)
         self._quantizes = scheme is not None and not self.streams_transformers
         if scheme and self._quantizes:
             for model in self._models:
@@ -240,9 +260,9 @@ class Placement:
             log("the transformers' blocks are streamed, and so not quantized")
 
     @property
-    def drawing(self) -> tuple[str, ...]:
+    def models_on_device(self) -> tuple[str, ...]:
         """The models whose transformers are on the device now."""
-        return tuple(model for model in self._models if self._placed[model].inside)
+        return tuple(model for model in self._models if self._placed[model].on_device)
 
     @property
     def streams_transformers(self) -> bool:
@@ -262,25 +282,26 @@ class Placement:
         for model in self._models:
             self._placed[model].fuse()
 
-    def enter(self, model: str) -> None:
+    def load_model(self, model: str) -> None:
         """Bring a model's transformer, and what every model needs, to the device."""
         for placed in self._placed.values():
             if placed.stream:
-                placed.stream.rest()
+                placed.stream.reset()
         for other in self._models:
             if other != model:
-                self._placed[other].leave()
+                self._placed[other].make_way()
         self._load(model)
 
-    def encoded(self) -> None:
-        """The text encoders have done their work: free what they took for it."""
+    def after_encoding(self) -> None:
+        """Free what the text encoders took for their work, which is done."""
         if stream := self._placed["text_encoder_2"].stream:
-            stream.leave()
+            stream.free_slots()
 
-    def surviving(self, work: Callable[[], Done], before_retry: Callable[[], None] = lambda: None) -> Done:
+    def with_fallback(self, work: Callable[[], Done], before_retry: Callable[[], None] = lambda: None) -> Done:
         """Do some work; when memory runs out, do all of it again under the next plan of the same precision, once.
 
         Args:
+            work: may be done twice.
             before_retry: ends what the first attempt has left running.
 
         Raises:
@@ -315,13 +336,13 @@ class Placement:
     def _fall(self) -> bool:
         """Change to the next plan of the same precision; False, and nothing is changed, when there is none."""
         try:
-            self.choice = plans.choose(self._sizes, self._room, lossy=self._quantizes, after=self.choice)
+            self.choice = plans.choose_plan(self._sizes, self._room, lossy=self._quantizes, after=self.choice)
         except DeviceMemoryError:
             return False
         for placed in self._placed.values():
             orders = self._orders(placed.component)
             if orders != placed.orders:
-                placed.unsettle()
+                placed.unload()
                 placed.orders = orders
         release(self._device)
         return True
@@ -342,24 +363,27 @@ class Placement:
         wanted = [
             placed
             for key, placed in self._placed.items()
-            if key == model or not placed.orders.leaves or (placed.orders.kept and not placed.settled)
+            if key == model or not placed.orders.leaves or (placed.orders.kept and not placed.home)
         ]
-        arriving = [p for p in wanted if not p.inside and (p is self._placed[model] or not p.orders.leaves)]
-        changing = [placed for placed in wanted if not placed.settled or placed in arriving]
+        arriving = [p for p in wanted if not p.on_device and (p is self._placed[model] or not p.orders.leaves)]
+        changing = [placed for placed in wanted if not placed.home or placed in arriving]
         try:
             reads: Reads = []
             for placed in wanted:
-                reads += [] if placed.settled else placed.settle()
+                reads += [] if placed.home else placed.make_home()
+            waiting = []
             for placed in arriving:
-                reads += [] if placed.home else placed.arrive()
+                if placed.home and placed.home.base:
+                    waiting.append((placed, placed.home))  # its home is filled first
+                elif placed.home:
+                    reads += placed.move_in(placed.home)
             if reads:
-                fill(reads)
-            for placed in arriving:
-                if placed.home:
-                    placed.arrive()
+                self._load_weights(reads)
+            for placed, home in waiting:
+                placed.move_in(home)
         except BaseException:
             for placed in changing:
-                placed.unsettle()
+                placed.unload()
             raise
 
 

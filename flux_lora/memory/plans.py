@@ -127,10 +127,10 @@ class Choice:
         return f"{self.plan.name}, decoded in strips" if self.strips else self.plan.name
 
 
-def choose(
+def choose_plan(
     sizes: Sizes, room: Room, *, lossy: bool = False, named: PlanName | None = None, after: Choice | None = None
 ) -> Choice:
-    """The first plan that fits.
+    """Choose the first plan that fits.
 
     Args:
         lossy: whether weights may be quantized; with ``after``, whether they are: what streams never is.

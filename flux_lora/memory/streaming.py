@@ -29,8 +29,8 @@ class StreamedBlock:
         """The weights as they lie in a slot."""
         return lay_out(self._shapes, self._dtype, lambda size: slot[:size]).tensors
 
-    def be(self, tensors: Mapping[str, Tensor]) -> None:
-        """Let the block compute with these weights."""
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let the block compute with these weights, by name."""
         for name, parameter in self._parameters.items():
             parameter.data = tensors[name]
 
@@ -38,12 +38,26 @@ class StreamedBlock:
 class Stream:
     """Sends blocks through slots, in the order in which they compute, again and again."""
 
-    def __init__(self, modules: Sequence[nn.Module], blocks: Sequence[StreamedBlock], device: torch.device) -> None:
-        """Take the modules, in the order in which they compute, and the weights of each."""
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        blocks: Sequence[StreamedBlock],
+        device: torch.device,
+        lane: Lane | None = None,
+    ) -> None:
+        """Take the modules, in the order in which they compute, and the weights of each.
+
+        Args:
+            modules: whose calls send the blocks.
+            blocks: the weights of each module.
+            device: computes.
+            lane: copies to the device; None: one of its own.
+        """
         self._blocks = blocks
         self._device = device
-        self._lane = Lane(device)
-        self._slots: list[Tensor] = []
+        self._lane = lane or Lane(device)
+        self.slots: list[Tensor] = []
+        """The device memory that blocks pass through; empty while nothing computes."""
         self._free: list[int] = []
         self._coming: dict[int, tuple[int, Any]] = {}  # block -> its slot, and what to wait for
         for module in modules:
@@ -60,31 +74,31 @@ class Stream:
             )
         ]
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         """Let all weights be those of the host again, and forget what is on the device: the host's may change now."""
         self._lane.finish()
         self._coming.clear()
-        self._free = list(range(len(self._slots)))
+        self._free = list(range(len(self.slots)))
         for block in self._blocks:
-            block.be(block.host.tensors)
+            block.use(block.host.tensors)
 
-    def leave(self) -> None:
-        """Rest, and free the slots until the next block computes."""
-        self.rest()
+    def free_slots(self) -> None:
+        """Forget what is on the device, and free its memory until the next block computes."""
+        self.reset()
         self._lane.drain()
-        self._slots, self._free, self._within = [], [], {}
+        self.slots, self._free, self._within = [], [], {}
 
     def end(self) -> None:
         """Leave the modules as they were before; the weights are no longer sent."""
-        self.leave()
+        self.free_slots()
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, index: int, *_: Any) -> None:
-        if not self._slots:
+        if not self.slots:
             size = max(len(block.host.memory) for block in self._blocks)
             count = min(SLOTS, len(self._blocks))
-            self._slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(count)]
+            self.slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(count)]
             self._free = list(range(count))
         if index not in self._coming:  # the first of all, or after an interruption
             self._send(index)
@@ -94,12 +108,12 @@ class Stream:
             self._send(following)
         self._lane.wait(arrived)
         if (index, slot) not in self._within:
-            self._within[index, slot] = self._blocks[index].within(self._slots[slot])
-        self._blocks[index].be(self._within[index, slot])
+            self._within[index, slot] = self._blocks[index].within(self.slots[slot])
+        self._blocks[index].use(self._within[index, slot])
 
     def _after(self, index: int, *_: Any) -> None:
-        self._blocks[index].be(self._blocks[index].host.tensors)
-        following = (index + len(self._slots)) % len(self._blocks)
+        self._blocks[index].use(self._blocks[index].host.tensors)
+        following = (index + len(self.slots)) % len(self._blocks)
         if following not in self._coming:
             self._free.append(self._coming.pop(index)[0])
             self._send(following)
@@ -109,4 +123,4 @@ class Stream:
             last = max(self._coming, key=lambda waiting: (waiting - index) % len(self._blocks))
             self._free.append(self._coming.pop(last)[0])
         slot, block = self._free.pop(), self._blocks[index]
-        self._coming[index] = (slot, self._lane.copy(self._slots[slot][: len(block.host.memory)], block.host.memory))
+        self._coming[index] = (slot, self._lane.copy(self.slots[slot][: len(block.host.memory)], block.host.memory))

@@ -62,8 +62,8 @@ def set_fastest(
     dtype = str(transformers[0].x_embedder.weight.dtype).removeprefix("torch.")
     shape = Shape(tokens, config.num_attention_heads, config.attention_head_dim, dtype)
     candidates = (*EXACT[device.type], *(() if exact else QUANTIZED[device.type]))
-    name, measured = fastest.choose(
-        "attention", candidates, asdict(shape), device, folder, lambda name: seconds(name, shape, device)
+    name, measured = fastest.choose_fastest(
+        "attention", candidates, asdict(shape), device, folder, lambda name: time_kernel(name, shape, device)
     )
     for transformer in transformers:
         with diffusers.attention_backend(DEFAULT):  # or the name would count for every model in this process
@@ -72,8 +72,8 @@ def set_fastest(
 
 
 @torch.no_grad()
-def seconds(name: str, shape: Shape, device: torch.device, rounds: int = 20) -> float | None:
-    """Seconds of a call of a kernel, None when it cannot be used here or computes something else."""
+def time_kernel(name: str, shape: Shape, device: torch.device, rounds: int = 20) -> float | None:
+    """Measure the seconds of a call of a kernel, None when it cannot be used here or computes something else."""
     generator = torch.Generator("cpu").manual_seed(0)
     size = (3, 1, shape.tokens, shape.heads, shape.width)
     inputs = torch.randn(size, generator=generator).to(device, getattr(torch, shape.dtype))
@@ -84,7 +84,7 @@ def seconds(name: str, shape: Shape, device: torch.device, rounds: int = 20) -> 
         attend = torch.compile(_attend, fullgraph=True, backend="eager")  # what cannot be traced fails here
         if _error(attend(query, key, value, backend), inputs.float()) > MAX_ERROR:
             return None
-        return fastest.seconds(lambda: attend(query, key, value, backend), device, rounds)
+        return fastest.time_call(lambda: attend(query, key, value, backend), device, rounds)
     except UNUSABLE:
         return None
 

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-3", "sageattention")
 """Those whose versions decide what is fast."""
 
 
-def choose(
+def choose_fastest(
     kind: str,
     candidates: tuple[str, ...],
     shape: Mapping[str, object],
@@ -55,8 +55,8 @@ def choose(
     return name, True
 
 
-def seconds(work: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
-    """Seconds of a call: the mean of some, after they were begun at once."""
+def time_call(work: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
+    """Measure the seconds of a call: the mean of some, after they were begun at once."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(rounds):

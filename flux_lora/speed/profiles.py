@@ -36,8 +36,8 @@ PROFILES: dict[ProfileName, Profile] = {
 }
 
 
-def choose(name: ProfileName | None, device: torch.device) -> Profile:
-    """The profile that ``FLUX_PROFILE`` names; unset it is ``exact`` on a CUDA device and ``eager`` elsewhere.
+def find_profile(name: ProfileName | None, device: torch.device) -> Profile:
+    """Find the profile that ``FLUX_PROFILE`` names; unset it is ``exact`` on a CUDA device and ``eager`` elsewhere.
 
     Raises:
         SettingsError: the device cannot run it.

@@ -81,10 +81,10 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def choose(
+def choose_projection(
     transformer: Any, tokens: int, scheme: Scheme | None, device: torch.device, folder: Path
 ) -> tuple[str, bool]:
-    """Whether query, key and value are faster ``separate`` or ``fused``, and whether that was measured just now.
+    """Decide whether query, key and value are faster ``separate`` or ``fused``, and whether that was measured just now.
 
     Args:
         transformer: a FluxTransformer2DModel; it is not changed.
@@ -97,13 +97,13 @@ def choose(
     shape = {"tokens": tokens, "width": width, "dtype": str(dtype), "scheme": scheme}
 
     def measure(name: str) -> float:
-        return seconds(name, tokens, width, dtype, scheme, device)
+        return time_projection(name, tokens, width, dtype, scheme, device)
 
-    return fastest.choose("projections", CANDIDATES[device.type], shape, device, folder, measure)
+    return fastest.choose_fastest("projections", CANDIDATES[device.type], shape, device, folder, measure)
 
 
 @torch.no_grad()
-def seconds(
+def time_projection(
     name: str, tokens: int, width: int, dtype: torch.dtype, scheme: Scheme | None, device: torch.device
 ) -> float:
     """Seconds of a block's three projections, compiled, ``separate`` or ``fused``."""
@@ -116,7 +116,7 @@ def seconds(
 
     compiled: Callable[[Tensor], object] = torch.compile(project)
     compiled(x)
-    return fastest.seconds(lambda: compiled(x), device)
+    return fastest.time_call(lambda: compiled(x), device)
 
 
 def _attentions(transformer: nn.Module) -> Iterator[tuple[Any, dict[str, list[Any]]]]:

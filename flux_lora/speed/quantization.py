@@ -1,6 +1,6 @@
 """Linear layers in eight bits, whose weights can still be changed in place.
 
-    quantize(transformer, "fp8")
+    layers = prepare(transformer, "fp8")
 
 turns the linear layers of the repeated blocks into `QuantizedLinear`: weights with one scale for each output row,
 activations with one scale for each token, found anew in every call. The layers that make the blocks' modulations from
@@ -10,7 +10,6 @@ timestep and guidance stay as they are: they act on every token alike, and are 0
 full-precision weights first, and rounded once, to the nearest of the scheme's numbers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 Scheme = Literal["fp8"]
-
-Keep = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -118,25 +115,16 @@ def emulated_product(
     return (out if bias is None else out + bias).to(dtype)
 
 
-def quantize(transformer: nn.Module, scheme: Scheme, keep: Keep = lambda *_: None) -> None:
-    """Quantize the repeated blocks' linear layers in place, one after the other.
+def prepare(transformer: nn.Module, scheme: Scheme) -> dict[str, QuantizedLinear]:
+    """Replace the repeated blocks' linear layers by quantized ones that have no memory yet.
 
     Args:
-        transformer: a FluxTransformer2DModel, on any device; on ``meta`` its layers are only replaced.
+        transformer: a FluxTransformer2DModel.
         scheme: a key of `FORMATS`.
-        keep: receives each full-precision weight by its name, before the transformer lets go of it.
+
+    Returns:
+        The quantized layers by the names of the weights that they stand for.
     """
-    for name in quantizable(transformer):
-        layer: Any = transformer.get_submodule(name)
-        quantized = QuantizedLinear(layer, scheme)
-        if layer.weight.device.type != "meta":
-            quantized.write_rows(0, len(layer.weight), layer.weight)
-            keep(f"{name}.weight", layer.weight.detach())
-        transformer.set_submodule(name, quantized)
-
-
-def prepare(transformer: nn.Module, scheme: Scheme) -> dict[str, QuantizedLinear]:
-    """Replace the layers that `quantize` would, by ones without memory; returns them as `quantized_layers` does."""
     for name in quantizable(transformer):
         layer: Any = transformer.get_submodule(name)
         transformer.set_submodule(name, QuantizedLinear(layer, scheme, torch.device("meta")))
@@ -149,7 +137,7 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def quantizable(transformer: nn.Module) -> list[str]:
-    """The names of the layers that `quantize` replaces."""
+    """The names of the layers that `prepare` replaces."""
     return [name for name, layer in transformer.named_modules() if _is_quantizable(name, layer)]
 
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from flux_lora.checkpoint import assembling, layout
+from flux_lora.checkpoint import layout
+from flux_lora.checkpoint.assembling import open_directory
 from flux_lora.errors import WeightsError
 from tests.conftest import MINI
+from tests.loaded import load
 from training import random_weights
-
-CPU = torch.device("cpu")
 
 
 def truncate(path: Path) -> None:
@@ -122,7 +122,7 @@ def test_damaged_weights_are_refused_with_file_and_reason(weights: Path, damage:
     break_it, message = DAMAGES[damage]
     break_it(weights)
     with pytest.raises(WeightsError, match=message):
-        assembling.load(weights, CPU, torch.float32)
+        open_directory(weights, torch.float32)
 
 
 @pytest.mark.parametrize("odd", ["file", "link"])
@@ -130,20 +130,20 @@ def test_a_model_that_is_no_directory_is_damage_and_not_absence(weights: Path, o
     shutil.rmtree(weights / "schnell")
     (weights / "schnell").touch() if odd == "file" else (weights / "schnell").symlink_to("unmounted")
     with pytest.raises(WeightsError, match="schnell is not a directory"):
-        assembling.load(weights, CPU, torch.float32)
+        open_directory(weights, torch.float32)
 
 
 def test_another_version_of_a_shared_network_is_named(weights: Path) -> None:
     shutil.copytree(weights / "dev/text_encoder_2", weights / "schnell/text_encoder_2")
     shutil.copytree(weights / "dev/vae", weights / "schnell/vae")
     edit_tensors(weights / "schnell/text_encoder_2/model.safetensors", lambda t: t["shared.weight"].add_(1))
-    (note,) = assembling.load(weights, CPU, torch.float32).notes
+    (note,) = open_directory(weights, torch.float32).notes
     assert "schnell/text_encoder_2 is not the same as" in note
 
 
 def test_no_base_weights_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"neither dev/ nor schnell/.*scripts/download_weights dev schnell"):
-        assembling.load(tmp_path, CPU, torch.float32)
+        open_directory(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("absent", ["dev", "schnell"])
@@ -153,7 +153,7 @@ def test_one_model_may_be_absent(weights: Path, absent: str) -> None:
             shutil.move(weights / "dev" / name, weights / "schnell" / name)
     shutil.rmtree(weights / absent)
     (present,) = {"dev", "schnell"} - {absent}
-    assert list(assembling.load(weights, CPU, torch.float32).pipelines) == [present]
+    assert list(open_directory(weights, torch.float32).pipelines) == [present]
 
 
 def test_schnell_alone_needs_the_shared_components(weights: Path) -> None:
@@ -163,7 +163,7 @@ def test_schnell_alone_needs_the_shared_components(weights: Path) -> None:
 
 
 def test_both_models_share_one_copy() -> None:
-    pipelines = assembling.load(MINI, CPU, torch.float32).pipelines
+    pipelines = load(torch.float32, MINI).checkpoints.pipelines
     for name in layout.SHARED:
         assert getattr(pipelines["dev"], name) is getattr(pipelines["schnell"], name)
     assert pipelines["dev"].transformer is not pipelines["schnell"].transformer
@@ -171,7 +171,7 @@ def test_both_models_share_one_copy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_those_that_diffusers_loads(dtype: torch.dtype) -> None:
-    ours = assembling.load(MINI, CPU, dtype).pipelines["dev"]
+    ours = load(dtype, MINI).checkpoints.pipelines["dev"]
     theirs = FluxPipeline.from_pretrained(MINI / "dev", dtype=dtype)
     for name in layout.NETWORKS:
         expected = getattr(theirs, name).state_dict()
@@ -185,16 +185,16 @@ def test_clip_files_of_older_layout_load(weights: Path) -> None:
     path = weights / "dev/text_encoder/model.safetensors"
     tensors = {f"text_model.{name}": tensor for name, tensor in load_file(path).items()}
     save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, path, metadata={"format": "pt"})
-    old = assembling.load(weights, CPU, torch.float32).pipelines["dev"].text_encoder.state_dict()
-    new = assembling.load(MINI, CPU, torch.float32).pipelines["dev"].text_encoder.state_dict()
+    old = load(torch.float32, weights).checkpoints.pipelines["dev"].text_encoder.state_dict()
+    new = load(torch.float32, MINI).checkpoints.pipelines["dev"].text_encoder.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in new)
 
 
 def test_fingerprint_is_of_the_weights_alone(weights: Path) -> None:
-    before = assembling.load(weights, CPU, torch.float32).fingerprints
-    assert before == assembling.load(MINI, CPU, torch.bfloat16).fingerprints
+    before = open_directory(weights, torch.float32).fingerprints
+    assert before == open_directory(MINI, torch.bfloat16).fingerprints
     edit_tensors(weights / "dev/vae" / WEIGHTS, lambda t: next(iter(t.values())).add_(1))
-    after = assembling.load(weights, CPU, torch.float32).fingerprints
+    after = open_directory(weights, torch.float32).fingerprints
     assert before["dev"] != after["dev"]
     assert before["schnell"] != after["schnell"]
     assert before["dev"] != before["schnell"]
@@ -217,7 +217,7 @@ def test_loading_needs_no_second_copy_in_host_memory(tmp_path: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    loaded = assembling.load(tmp_path, CPU, torch.float32)
+    loaded = load(torch.float32, tmp_path).checkpoints
     done.set()
     watcher.join()
     modules = {id(m): m for p in loaded.pipelines.values() for m in p.components.values() if hasattr(m, "parameters")}

@@ -36,8 +36,8 @@ def test_a_container_limit_counts_as_the_machines_memory(
 @pytest.mark.parametrize("name", ["xyz", "mps", "cuda:x", "CPU"])
 def test_devices_that_are_not_served_are_named(name: str) -> None:
     with pytest.raises(SettingsError, match=f"FLUX_DEVICE={name} cannot be used: take auto, cpu"):
-        devices.choose(name)
+        devices.find_device(name)
 
 
 def test_auto_is_a_device_that_computes() -> None:
-    assert devices.computes(devices.choose("auto"))
+    assert devices.computes(devices.find_device("auto"))

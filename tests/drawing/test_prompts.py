@@ -4,14 +4,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from flux_lora.checkpoint import assembling
-from flux_lora.drawing.prompts import PromptEncoder, readable
-from tests.conftest import MINI
+from flux_lora.drawing.prompts import PromptEncoder, read_part
+from tests.loaded import load
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> FluxPipeline:
-    return assembling.load(MINI, torch.device("cpu"), torch.float32).pipelines["dev"]
+    return load().pipeline()
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_capacity_zero_keeps_nothing(counted: SimpleNamespace) -> None:
 def test_what_t5_cuts_is_said(pipeline: FluxPipeline, length: int, lost: int) -> None:
     """The miniature's T5 reads "a" at the beginning, one token for each letter that follows it, and the end mark."""
     prompt = "".join(chr(ord("a") + i % 26) for i in range(length))
-    text, note = readable(pipeline.tokenizer_2, prompt, 256)
+    text, note = read_part(pipeline.tokenizer_2, prompt, 256)
     assert text == prompt
     assert note == (f"{lost} characters: {prompt[-lost:][:200] + '…' * (lost > 200)!r}" if lost else "")
 
@@ -69,7 +68,7 @@ def test_what_t5_cuts_is_said(pipeline: FluxPipeline, length: int, lost: int) ->
 @pytest.mark.parametrize("word", ["tomato", "é", "\u200b", "\u0001"])
 def test_a_beginning_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline, word: str) -> None:
     prompt = " ".join(f"{word}{i}" for i in range(3000))
-    text, note = readable(pipeline.tokenizer_2, prompt, 512)
+    text, note = read_part(pipeline.tokenizer_2, prompt, 512)
     assert len(text) < len(prompt) / 4
     assert len(prompt) - len(text) < int(note.split()[0]) < len(prompt)
     whole = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=512)

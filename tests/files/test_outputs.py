@@ -231,7 +231,7 @@ def test_cancelling_leaves_nothing_wherever_it_lands(files: outputs.Outputs, mil
     time.sleep(milliseconds / 1000)
     cancel(thread.ident)
     thread.join()
-    assert not list(files._home.iterdir())
+    assert not list(files.home.iterdir())
 
 
 def test_more_cancels_do_not_stop_the_removal(files: outputs.Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_more_cancels_do_not_stop_the_removal(files: outputs.Outputs, monkeypatc
     with pytest.raises(Cancelled):
         files.discard()
     assert next(more, None) is None
-    assert not list(files._home.iterdir())
+    assert not list(files.home.iterdir())
 
 
 OWNER = """
@@ -313,11 +313,11 @@ def test_a_place_without_room_is_an_error(tmp_path: Path) -> None:
 
 def test_a_home_that_was_cleaned_away_is_made_again(tmp_path: Path) -> None:
     first, second = outputs.Outputs(tmp_path), outputs.Outputs(tmp_path)
-    shutil.rmtree(first._home)
+    shutil.rmtree(first.home)
     (first.start() / "picture").touch()
     outputs.Outputs(tmp_path).close()  # sweeps what has no living owner
-    assert (first._home / "..").resolve() == tmp_path
-    assert list(first._home.rglob("picture"))
+    assert (first.home / "..").resolve() == tmp_path
+    assert list(first.home.rglob("picture"))
     first.close()
     second.close()
     assert list(tmp_path.iterdir()) == []

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_lora.checkpoint import assembling
 from flux_lora.device import devices
 from flux_lora.lora import deltas, merge
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
+from tests import loaded
 from tests.conftest import MINI
 from training.random_weights import random_lora
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def load(dtype: torch.dtype) -> torch.nn.Module:
-    return assembling.load(MINI, CPU, dtype).pipelines["dev"].transformer
+    return loaded.load(dtype).pipeline().transformer
 
 
 def merged(module: torch.nn.Module) -> MergedModule:
@@ -184,10 +184,10 @@ def test_interrupted_while_restoring(adapters: list[Adapter], monkeypatch: pytes
 def test_without_memory_pristine_weights_are_read_from_their_files(
     adapters: list[Adapter], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = assembling.load(MINI, CPU, dtype)
-    module, kept = loaded.pipelines["dev"].transformer, load(dtype)
+    placed = loaded.load(dtype)
+    module, kept = placed.pipeline().transformer, load(dtype)
     pristine = bits(module)
-    state, reference = MergedModule("transformer", module, loaded.networks["dev"]["transformer"].readers), merged(kept)
+    state, reference = placed.merged(), merged(kept)
     monkeypatch.setattr(devices, "free_memory", lambda _: 0)
     for wanted in ([(adapters[0], 1.0)], [(adapters[1], 0.3), (adapters[2], 2.0)], [(adapters[0], -1.0)]):
         state.bring(wanted)
@@ -199,11 +199,11 @@ def test_without_memory_pristine_weights_are_read_from_their_files(
     assert same_bits(module, pristine)
 
 
-@pytest.mark.parametrize("component", assembling.ADAPTABLE)
+@pytest.mark.parametrize("component", loaded.ADAPTABLE)
 def test_every_parameter_can_be_read_again(component: str) -> None:
-    loaded = assembling.load(MINI, CPU, torch.bfloat16)
-    for name, parameter in getattr(loaded.pipelines["dev"], component).named_parameters():
-        assert torch.equal(loaded.networks["dev"][component].readers[name](), parameter)
+    checkpoints = loaded.load(torch.bfloat16).checkpoints
+    for name, parameter in getattr(checkpoints.pipelines["dev"], component).named_parameters():
+        assert torch.equal(checkpoints.networks["dev"][component].readers[name](), parameter)
 
 
 def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:

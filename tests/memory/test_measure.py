@@ -46,7 +46,7 @@ def test_the_weights_of_flux_are_as_counted_by_hand() -> None:
 
 
 def test_blocks_are_in_the_order_in_which_they_compute() -> None:
-    part = assembling.assemble(MINI, torch.float32).networks["dev"]["transformer"]
+    part = assembling.open_directory(MINI, torch.float32).networks["dev"]["transformer"]
     names = measure.block_names("transformer", part)
     assert list(names) == ["transformer_blocks.0", *(f"single_transformer_blocks.{index}" for index in range(5))]
     parameters = dict(part.module.named_parameters())
@@ -54,8 +54,8 @@ def test_blocks_are_in_the_order_in_which_they_compute() -> None:
 
 
 def test_a_model_is_measured_without_reading_it() -> None:
-    assembled = assembling.assemble(tiny(), torch.float32)
-    measured = measure.sizes(assembled.networks, torch.float32)
+    assembled = assembling.open_directory(tiny(), torch.float32)
+    measured = measure.needed_sizes(assembled.networks, torch.float32)
     total = sum(p.numel() for p in assembled.pipelines["schnell"].transformer.parameters()) * 4
     assert measured.transformers["schnell"].total == total
     assert set(measured.transformers) == {"dev", "schnell"}
@@ -130,9 +130,9 @@ def test_working_memory_is_what_a_dry_run_at_the_largest_size_takes(monkeypatch:
 def test_on_a_cpu_device_and_host_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "free_memory", lambda _: 20 * GB)
     free = 20 * GB - measure.HOST_RESERVE
-    assert measure.room(CPU, None) == Room(free, free, shared=True, limited_by="measured")
-    assert measure.room(CPU, 8 * GB) == Room(8 * GB, free, shared=True, limited_by="FLUX_MEMORY_BUDGET")
-    assert measure.room(CPU, 80 * GB).device == free
+    assert measure.available_room(CPU, None) == Room(free, free, shared=True, limited_by="measured")
+    assert measure.available_room(CPU, 8 * GB) == Room(8 * GB, free, shared=True, limited_by="FLUX_MEMORY_BUDGET")
+    assert measure.available_room(CPU, 80 * GB).device == free
 
 
 class Card:
@@ -152,16 +152,16 @@ class Card:
 
 def test_on_a_gpu_the_least_of_free_memory_cap_and_budget_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(monkeypatch, total=80, free=50)
-    assert measure.room(CUDA, None).device == 51 * GB  # what is free, and what the allocator holds unused
-    assert measure.room(CUDA, None).limited_by == "measured"
+    assert measure.available_room(CUDA, None).device == 51 * GB  # what is free, and what the allocator holds unused
+    assert measure.available_room(CUDA, None).limited_by == "measured"
     card.fraction = 0.25
-    assert measure.room(CUDA, None).device == 19 * GB  # a cap of 20, of which 1 is in use
+    assert measure.available_room(CUDA, None).device == 19 * GB  # a cap of 20, of which 1 is in use
     card.fraction = 1.0
-    asked = measure.room(CUDA, 24 * GB)
+    asked = measure.available_room(CUDA, 24 * GB)
     assert asked.device == pytest.approx(24 * GB - measure.CONTEXT_BYTES - GB, abs=100)
     assert asked.limited_by == "FLUX_MEMORY_BUDGET"
     assert card.fraction * 80 * GB == pytest.approx(24 * GB - measure.CONTEXT_BYTES)  # and the allocator keeps to it
-    measure.room(CUDA, 60 * GB)
+    measure.available_room(CUDA, 60 * GB)
     assert card.fraction * 80 * GB < 24 * GB  # a cap in force is not raised
 
 
@@ -170,4 +170,4 @@ def test_a_container_limit_bounds_the_host(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "memory.max").write_text(str(6 * GB))
     (tmp_path / "memory.current").write_text(str(GB))
     monkeypatch.setattr(devices, "CGROUP", tmp_path)
-    assert measure.room(CUDA, None).host == 5 * GB - measure.HOST_RESERVE
+    assert measure.available_room(CUDA, None).host == 5 * GB - measure.HOST_RESERVE

@@ -1,7 +1,8 @@
 """Plans carried out on the CPU, with real copies and the whole engine: the same pictures, and memory that runs out."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from flux_lora import generator as story
-from flux_lora.checkpoint import assembling, reading
+from flux_lora.assembly import ENCODERS, assemble
+from flux_lora.checkpoint import reading
+from flux_lora.checkpoint.assembling import Checkpoints, open_directory
+from flux_lora.checkpoint.reading import StoredTensor
 from flux_lora.errors import DeviceMemoryError, SettingsError
 from flux_lora.files import provenance
-from flux_lora.generator import Generator
+from flux_lora.generator import Generator, Step
 from flux_lora.lora import deltas
 from flux_lora.memory import measure, plans
 from flux_lora.memory.placement import ran_out
@@ -43,12 +47,12 @@ PLENTY = 2**40
 
 
 def sizes() -> Sizes:
-    return measure.sizes(assembling.assemble(tiny(), torch.float32).networks, torch.float32)
+    return measure.needed_sizes(open_directory(tiny(), torch.float32).networks, torch.float32)
 
 
 def least() -> int:
     """Device memory for streaming when no block stays, and decoding is in strips."""
-    return plans.choose(sizes(), Room(0, PLENTY), named="streamed").device
+    return plans.choose_plan(sizes(), Room(0, PLENTY), named="streamed").device
 
 
 def floor() -> int:
@@ -82,11 +86,11 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Generator]:
+def build() -> Callable[..., Generator]:
     def build(given: Room | None = None, **settings: Any) -> Generator:
         lines: list[str] = []
-        monkeypatch.setattr(measure, "room", lambda *_: given or Room(PLENTY, PLENTY))
-        generator = Generator(Settings(weights=settings.pop("weights", tiny()), **settings), log=lines.append)
+        chosen = Settings(weights=settings.pop("weights", tiny()), **settings)
+        generator = assemble(chosen, log=lines.append, room=given or Room(PLENTY, PLENTY))
         generator.lines = lines  # type: ignore[attr-defined]
         return generator
 
@@ -104,7 +108,7 @@ def pixels(files: list[Path]) -> list[bytes]:
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[list[bytes], list[Any]]]:
     """The story under the plan that leaves everything where it is."""
-    generator = Generator(Settings(weights=tiny(), memory_plan="resident"), log=lambda _: None)
+    generator = assemble(Settings(weights=tiny(), memory_plan="resident"), log=lambda _: None)
     told = []
     for model, scale in STORY:
         files = draw(generator, model=model, lora_scale=scale)
@@ -118,7 +122,7 @@ def test_every_plan_draws_the_same_pictures(
 ) -> None:
     named, given = ROOMS[case]
     generator = build(given(), memory_plan=named)
-    choice = generator._memory.choice
+    choice = generator.parts.memory.choice
     assert choice.label == named
     assert choice.kept != ("files" in case)
     assert ("some" in case) <= (0 < choice.stay < sum(sizes().transformers["dev"].blocks))
@@ -146,7 +150,7 @@ def test_one_model_has_nobody_to_take_turns_with(
 
 def test_who_is_away_takes_no_memory(build: Callable[..., Generator]) -> None:
     generator = build(memory_plan="alternating")
-    transformers = {model: pipeline.transformer for model, pipeline in generator._pipelines.items()}
+    transformers = {model: pipeline.transformer for model, pipeline in generator.parts.pipelines.items()}
     for model, other in (("dev", "schnell"), ("schnell", "dev")):
         draw(generator, model=model)
         assert all(parameter.isfinite().all() for parameter in transformers[model].parameters())
@@ -157,40 +161,42 @@ def test_who_is_away_takes_no_memory(build: Callable[..., Generator]) -> None:
 
 def test_the_text_encoder_leaves_after_use(build: Callable[..., Generator]) -> None:
     generator = build(memory_plan="offload-text")
-    stream = generator._memory._placed["text_encoder_2"].stream
+    stream = generator.parts.memory.placed("text_encoder_2").stream
     assert stream
     seen: list[int] = []
-    encoder = generator._pipelines["dev"].text_encoder_2
-    encoder.register_forward_hook(lambda *_: seen.append(len(stream._slots)))
+    encoder = generator.parts.pipelines["dev"].text_encoder_2
+    encoder.register_forward_hook(lambda *_: seen.append(len(stream.slots)))
     draw(generator)
     assert seen == [plans.SLOTS]
-    assert stream._slots == []
+    assert stream.slots == []
 
 
-def test_both_models_are_loaded_once_and_share_what_they_share(
-    build: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[Path] = []
-    chunks = reading._chunks
+def test_both_models_are_loaded_once_and_share_what_they_share() -> None:
+    read: list[StoredTensor] = []
 
-    def counting(tensors: Any) -> Iterator[Any]:
-        for chunk in chunks(tensors):
-            read.append(chunk.file)
-            yield chunk
+    def open_counting(directory: Path, dtype: torch.dtype) -> Checkpoints:
+        opened = open_directory(directory, dtype)
 
-    monkeypatch.setattr(reading, "_chunks", counting)
-    generator = build(memory_plan="alternating")
+        def fill(reads: Iterable[tuple[StoredTensor, Tensor]]) -> None:
+            reads = list(reads)
+            read.extend(stored for stored, _ in reads)
+            opened.fill(reads)
+
+        return replace(opened, fill=fill)
+
+    settings = Settings(weights=tiny(), memory_plan="alternating")
+    generator = assemble(settings, log=lambda _: None, open_weights=open_counting, room=Room(PLENTY, PLENTY))
     once = len(read)
     tensors = sum(len(n.stored) for n in {id(n): n for n in _networks(generator)}.values())
-    assert once == tensors
+    assert once == len(set(read)) == tensors
     for model in ("schnell", "dev"):
         draw(generator, model=model)
     assert len(read) == once
 
 
 def _networks(generator: Generator) -> Iterator[Any]:
-    for placed in generator._memory._placed.values():
-        yield placed.network
+    for key in (*ENCODERS, "vae", *generator.parts.pipelines):
+        yield generator.parts.memory.placed(key).network
 
 
 def test_set_up_says_what_lives_where(build: Callable[..., Generator]) -> None:
@@ -226,7 +232,7 @@ def test_quantized_weights_draw_the_same_under_every_plan(
     for named in ("alternating", "offload-text", "quantized"):
         for host in (PLENTY, sum(sizes().t5.blocks)):
             generator = build(Room(PLENTY, host), memory_plan=named)
-            assert generator._memory.choice.kept == (host == PLENTY)
+            assert generator.parts.memory.choice.kept == (host == PLENTY)
             assert told(generator) == quantized, named
 
 
@@ -235,7 +241,7 @@ def test_who_is_away_takes_no_memory_when_quantized_either(build: Callable[..., 
     generator = build(memory_plan="quantized")
     for model, other in (("dev", "schnell"), ("schnell", "dev")):
         draw(generator, model=model)
-        here, away = (quantized_layers(generator._pipelines[name].transformer) for name in (model, other))
+        here, away = (quantized_layers(generator.parts.pipelines[name].transformer) for name in (model, other))
         assert here
         assert all(layer.device == torch.device("cpu") for layer in here.values())
         assert all(layer.device == torch.device("meta") for layer in away.values())
@@ -251,21 +257,17 @@ def test_what_is_streamed_is_not_quantized(
 
 
 @pytest.mark.usefixtures("lossy")
-def test_quantized_weights_stay_quantized_when_memory_runs_out(
-    build: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantized_weights_stay_quantized_when_memory_runs_out(build: Callable[..., Generator]) -> None:
     generator = build(memory_plan="alternating")
-    before, denoise, failures = pixels(draw(generator)), story.denoise, iter([True])
+    before, failures = pixels(draw(generator)), iter([True])
 
-    def exhausted(*arguments: Any, **named: Any) -> Any:
+    def exhausted(_: Step) -> None:
         if next(failures, False):
             raise torch.OutOfMemoryError("as much as there is")
-        return denoise(*arguments, **named)
 
-    monkeypatch.setattr(story, "denoise", exhausted)
-    assert pixels(draw(generator)) == before
-    assert generator._memory.choice.plan.name == "offload-text"
-    assert quantized_layers(generator._pipelines["dev"].transformer)
+    assert pixels(generator.draw(Request.parse(**WITNESS), lambda *_: None, exhausted)) == before
+    assert generator.parts.memory.choice.plan.name == "offload-text"
+    assert quantized_layers(generator.parts.pipelines["dev"].transformer)
 
 
 def test_quantized_weights_need_a_profile(build: Callable[..., Generator]) -> None:
@@ -294,16 +296,16 @@ class Shortage:
 
 
 def at_text(generator: Generator, shortage: Shortage, _: pytest.MonkeyPatch) -> None:
-    generator._pipelines["dev"].text_encoder_2.encoder.block[1].register_forward_pre_hook(shortage)
+    generator.parts.pipelines["dev"].text_encoder_2.encoder.block[1].register_forward_pre_hook(shortage)
 
 
 def at_denoise(generator: Generator, shortage: Shortage, _: pytest.MonkeyPatch) -> None:
-    generator._pipelines["dev"].transformer.single_transformer_blocks[0].register_forward_pre_hook(shortage)
+    generator.parts.pipelines["dev"].transformer.single_transformer_blocks[0].register_forward_pre_hook(shortage)
 
 
 def at_decode(generator: Generator, shortage: Shortage, _: pytest.MonkeyPatch) -> None:
-    generator._pipelines["dev"].vae.decoder.up_blocks[0].resnets[0].conv1.register_forward_pre_hook(shortage)
-    generator._pipelines["dev"].vae.decoder.mid_block.register_forward_pre_hook(shortage)
+    generator.parts.pipelines["dev"].vae.decoder.up_blocks[0].resnets[0].conv1.register_forward_pre_hook(shortage)
+    generator.parts.pipelines["dev"].vae.decoder.mid_block.register_forward_pre_hook(shortage)
 
 
 def at_merge(_: Generator, shortage: Shortage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +319,10 @@ def at_merge(_: Generator, shortage: Shortage, monkeypatch: pytest.MonkeyPatch) 
 
 
 def at_arrival(generator: Generator, shortage: Shortage, monkeypatch: pytest.MonkeyPatch) -> None:
-    for placed in generator._memory._placed.values():
-        arrive = placed.arrive
-        monkeypatch.setattr(placed, "arrive", lambda arrive=arrive: (shortage(), arrive())[1])
+    for key in (*ENCODERS, "vae", *generator.parts.pipelines):
+        placed = generator.parts.memory.placed(key)
+        move_in = placed.move_in
+        monkeypatch.setattr(placed, "move_in", lambda home, move_in=move_in: (shortage(), move_in(home))[1])
 
 
 # Of each stage: the call at which memory runs out, in the middle of a request of three images.
@@ -347,7 +350,7 @@ def test_a_request_that_runs_out_of_memory_is_drawn_under_the_next_plan(
     asked: dict[str, Any] = {"num_outputs": 3, "lora_scale": 0.6}
     named, label = AFTER[plan]
     fresh = build(Room(least(), PLENTY) if "strips" in label else None, memory_plan=named)
-    assert fresh._memory.choice.label == label
+    assert fresh.parts.memory.choice.label == label
     same = [path.read_bytes() for path in draw(fresh, **asked)]
     generator = build(memory_plan=plan)
     inject, call = STAGES[stage]
@@ -381,7 +384,7 @@ def test_a_request_that_runs_out_twice_fails_and_the_next_is_right(
         with pytest.raises(DeviceMemoryError, match=rf"{plan} and then .*it was to need .* free now\. Ask for a small"):
             draw(generator, lora_scale=0.6)
     shortage.calls = (-1,)
-    label = generator._memory.choice.label
+    label = generator.parts.memory.choice.label
     after, fresh = draw(generator, lora_scale=0.6), build(memory_plan="resident")
     assert provenance.read(after[0]).environment.memory == label
     one, other = (
@@ -401,7 +404,7 @@ def test_the_end_of_the_plans_is_an_error_with_the_numbers(build: Callable[..., 
     for _ in range(12):
         with pytest.raises(DeviceMemoryError, match="ran out of memory"):
             draw(generator)
-    assert generator._memory.choice.label == "streamed, decoded in strips"
+    assert generator.parts.memory.choice.label == "streamed, decoded in strips"
     with pytest.raises(DeviceMemoryError, match="under the plan streamed: it was to need"):
         draw(generator)
     shortage.calls = (-1,)
@@ -422,7 +425,7 @@ def test_running_out_at_set_up_is_survived(build: Callable[..., Generator], monk
     with monkeypatch.context() as patches:
         at_merge(None, Shortage(2), patches)  # type: ignore[arg-type]
         generator = build()
-    assert generator._memory.choice.label == "alternating"
+    assert generator.parts.memory.choice.label == "alternating"
     assert pixels(draw(generator)) == pixels(draw(build()))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from flux_lora.device.transfers import Lane
 from flux_lora.memory.plans import SLOTS
 from flux_lora.memory.streaming import Stream, StreamedBlock
 
@@ -29,7 +30,17 @@ class Blocks(nn.Module):
         return hidden
 
 
-def streamed(module: Blocks, passing: list[int]) -> tuple[Stream, list[StreamedBlock]]:
+class CountingLane(Lane):
+    """Counts its copies."""
+
+    sent = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        self.sent += 1
+        return super().copy(target, source)
+
+
+def streamed(module: Blocks, passing: list[int], lane: Lane | None = None) -> tuple[Stream, list[StreamedBlock]]:
     made = []
     for index in passing:
         prefix = f"blocks.{index}."
@@ -37,8 +48,8 @@ def streamed(module: Blocks, passing: list[int]) -> tuple[Stream, list[StreamedB
         made.append(StreamedBlock(parameters, CPU))
         for name, parameter in parameters.items():
             made[-1].host.tensors[name].copy_(parameter)
-    stream = Stream([module.blocks[index] for index in passing], made, CPU)
-    stream.rest()
+    stream = Stream([module.blocks[index] for index in passing], made, CPU, lane)
+    stream.reset()
     return stream, made
 
 
@@ -64,7 +75,7 @@ def test_a_block_computes_in_a_slot_and_rests_in_the_host() -> None:
     seen = []
 
     def look(block: Any, _: Any) -> None:
-        seen.append([slot for slot, memory in enumerate(stream._slots) if within(block[0].weight, memory)])
+        seen.append([slot for slot, memory in enumerate(stream.slots) if within(block[0].weight, memory)])
 
     for block in module.blocks:
         block.register_forward_pre_hook(look)
@@ -72,45 +83,40 @@ def test_a_block_computes_in_a_slot_and_rests_in_the_host() -> None:
     module(torch.randn(2, 8))
     assert [len(slots) for slots in seen] == [1, 1, 0, 1, 1] * 2
     assert [slots[0] for slots in seen if slots] == [1, 0] * 4  # in turns
-    assert len(stream._slots) == SLOTS
+    assert len(stream.slots) == SLOTS
     for index, block in zip([0, 1, 3, 4], blocks, strict=True):
         assert all(within(parameter, block.host.memory) for parameter in module.blocks[index].parameters())
-    stream.leave()
-    assert stream._slots == []
+    stream.free_slots()
+    assert stream.slots == []
 
 
-def test_each_block_is_sent_once_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Blocks(7)
-    stream, _ = streamed(module, list(range(7)))
-    sent = []
-    copy = stream._lane.copy
-    monkeypatch.setattr(
-        stream._lane, "copy", lambda target, source: (sent.append(len(source)), copy(target, source))[1]
-    )
+def test_each_block_is_sent_once_for_each_pass() -> None:
+    module, lane = Blocks(7), CountingLane(CPU)
+    streamed(module, list(range(7)), lane)
     for _ in range(3):
         module(torch.randn(1, 8))
-    assert len(sent) == 3 * 7 + SLOTS  # the first blocks of the next pass wait in the slots already
+    assert lane.sent == 3 * 7 + SLOTS  # the first blocks of the next pass wait in the slots already
 
 
-def test_few_blocks_stay_in_their_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Blocks(SLOTS)
-    stream, _ = streamed(module, list(range(SLOTS)))
-    module(torch.randn(1, 8))
-    monkeypatch.setattr(stream._lane, "copy", None)
-    module(torch.randn(1, 8))
+def test_few_blocks_stay_in_their_slots() -> None:
+    module, lane = Blocks(SLOTS), CountingLane(CPU)
+    streamed(module, list(range(SLOTS)), lane)
+    for _ in range(2):
+        module(torch.randn(1, 8))
+        assert lane.sent == SLOTS
 
 
 def test_what_is_merged_in_the_host_is_computed_with_after_a_rest() -> None:
     module, x = Blocks(4), torch.randn(2, 8)
     stream, _ = streamed(module, [0, 1, 2, 3])
     before = module(x)
-    stream.rest()
+    stream.reset()
     with torch.no_grad():
         module.blocks[1][0].weight.mul_(2)
     changed = module(x)
     assert not torch.equal(changed, before)
     assert torch.equal(module(x), changed)
-    stream.rest()
+    stream.reset()
     with torch.no_grad():
         module.blocks[1][0].weight.div_(2)
     assert torch.equal(module(x), before)
@@ -131,6 +137,6 @@ def test_an_interrupted_pass_leaves_the_next_one_right(interrupted: int) -> None
             module(x)
         hook.remove()
         if rest:
-            stream.rest()
+            stream.reset()
         assert torch.equal(module(x), expected)
         assert torch.equal(module(x), expected)

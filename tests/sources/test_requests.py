@@ -1,13 +1,17 @@
 """``replicate_weights`` from the internet to the picture; a failed source fails its own request only."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from flux_lora.adapters import Adapters
+from flux_lora.assembly import assemble
 from flux_lora.errors import AdapterError
 from flux_lora.generator import Generator
+from flux_lora.lora.library import AdapterLibrary
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from tests.conftest import MINI
@@ -23,9 +27,11 @@ URL = f"{ADDRESS}?token=do-not-log"
 
 @pytest.fixture
 def generator(make_sources: Any) -> Generator:
-    generator = Generator(Settings(weights=MINI), log=lambda _: None)
-    generator._sources = make_sources(max_bytes=10_000_000)
-    return generator
+    parts = assemble(Settings(weights=MINI), log=lambda _: None).parts
+    shapes = {"transformer": parts.transformers["dev"].shapes, **{n: m.shapes for n, m in parts.encoders.items()}}
+    adapters = Adapters(make_sources(max_bytes=10_000_000), AdapterLibrary(shapes, 10**9), MINI)
+    adapters.load_fine_tune(None, parts.log)
+    return Generator(replace(parts, adapters=adapters))
 
 
 def draw(generator: Generator, **inputs: Any) -> bytes:

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
 from flux_lora.speed import attention
-from flux_lora.speed.attention import Shape, seconds, set_fastest
+from flux_lora.speed.attention import Shape, set_fastest, time_kernel
 from tests.conftest import MINI
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ SHAPE = Shape(tokens=64, heads=2, width=32, dtype="float32")
 
 
 def test_kernels_are_timed_where_they_run() -> None:
-    timed = {name: seconds(name, SHAPE, CPU, rounds=2) for name in ("native", "_native_math", "flash", "_flash_3")}
+    timed = {name: time_kernel(name, SHAPE, CPU, rounds=2) for name in ("native", "_native_math", "flash", "_flash_3")}
     assert timed["native"] > 0
     assert timed["_native_math"] > 0
     assert timed["flash"] is timed["_flash_3"] is None  # not installed here
@@ -24,13 +24,13 @@ def test_kernels_are_timed_where_they_run() -> None:
 
 def test_a_kernel_that_computes_something_else_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Registry._backends, "_native_math", lambda **inputs: inputs["value"])
-    assert seconds("_native_math", SHAPE, CPU, rounds=1) is None
+    assert time_kernel("_native_math", SHAPE, CPU, rounds=1) is None
 
 
 def test_a_kernel_that_cannot_be_compiled_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Registry._backends["_native_math"]
     monkeypatch.setitem(Registry._backends, "_native_math", torch.compiler.disable(plain))
-    assert seconds("_native_math", SHAPE, CPU, rounds=1) is None
+    assert time_kernel("_native_math", SHAPE, CPU, rounds=1) is None
 
 
 def test_every_candidate_is_a_name_of_diffusers() -> None:

@@ -11,8 +11,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 def test_the_default_is_compiled_on_a_gpu_and_plain_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert profiles.choose(None, CPU).name == "eager"
-    assert profiles.choose(None, GPU).name == "exact"
+    assert profiles.find_profile(None, CPU).name == "eager"
+    assert profiles.find_profile(None, GPU).name == "exact"
 
 
 @pytest.mark.parametrize("name", ["balanced", "fast"])
@@ -20,10 +20,10 @@ def test_a_gpu_without_fp8_is_told_which_profiles_it_can_run(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(SettingsError, match=rf"FLUX_PROFILE={name} needs .* A100 has 8\.0: take exact or eager"):
-        profiles.choose(name, GPU)
+        profiles.find_profile(name, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    assert profiles.choose(name, GPU) is PROFILES[name]
-    assert profiles.choose(name, CPU) is PROFILES[name]
+    assert profiles.find_profile(name, GPU) is PROFILES[name]
+    assert profiles.find_profile(name, CPU) is PROFILES[name]
 
 
 def test_the_operator_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

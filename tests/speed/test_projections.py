@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flux_lora.assembly import assemble
 from flux_lora.device.libraries import diffusers
-from flux_lora.generator import Generator
+from flux_lora.generator import Step
 from flux_lora.lora.formats import Adapter
 from flux_lora.lora.library import AdapterLibrary
 from flux_lora.lora.merge import MergedModule
@@ -18,7 +19,7 @@ from flux_lora.settings import Settings
 from flux_lora.speed import projections
 from flux_lora.speed.compilation import graphs
 from flux_lora.speed.projections import TRIPLES, Fused, fuse, in_order, joined, separate
-from flux_lora.speed.quantization import QuantizedLinear, quantize
+from flux_lora.speed.quantization import QuantizedLinear, Scheme, prepare
 from tests.conftest import MINI
 
 PLANS = ("resident", "alternating", "streamed")
@@ -53,6 +54,16 @@ def lora(network: Any, tmp_path: Path) -> tuple[Adapter, MergedModule]:
     merged = MergedModule("transformer", network, {})
     library = AdapterLibrary({"transformer": merged.shapes}, 10**9)
     return library.read(tmp_path / "lora.safetensors"), merged
+
+
+def quantize(network: Any, scheme: Scheme) -> dict[str, Tensor]:
+    """Quantize a network's blocks; returns the weights that they had, by name."""
+    base = dict(network.state_dict())
+    layers = prepare(network, scheme)
+    for name, layer in layers.items():
+        layer.move(torch.device("cpu"))
+        layer.write_rows(0, len(base[name]), base[name])
+    return {name: base[name] for name in layers}
 
 
 def test_it_computes_what_the_three_compute_and_takes_no_memory_of_its_own() -> None:
@@ -91,7 +102,8 @@ def test_what_is_merged_into_the_parts_is_in_the_whole(tmp_path: Path) -> None:
 def test_quantized_parts_are_the_rows_of_a_quantized_whole(tmp_path: Path) -> None:
     network = transformer()
     adapter, _ = lora(network, tmp_path)
-    merged = MergedModule("transformer", network, {}, "fp8")
+    base = quantize(network, "fp8")
+    merged = MergedModule("transformer", network, {name: base[name].clone for name in base})
     fuse(network)
     wholes = [m for name, m in network.named_modules() if name.endswith("qkv")]
     assert len(wholes) == 4
@@ -156,28 +168,19 @@ def test_a_server_draws_the_same_with_it(
     monkeypatch.setattr("flux_lora.speed.compilation.compile_pipelines", lambda *_, **__: None)
     monkeypatch.setitem(projections.CANDIDATES, "cpu", ("fused",))
     settings = Settings(weights=MINI, profile=profile, memory_plan=plan, cache=tmp_path)
-    generator = Generator(settings, log=lambda _: None)
+    generator = assemble(settings, log=lambda _: None)
     streamed = plan == "streamed"
-    assert generator._attention == ("native" if streamed else "native, fused qkv")
+    assert generator.parts.environments["dev"].attention == ("native" if streamed else "native, fused qkv")
     monkeypatch.setitem(projections.CANDIDATES, "cpu", ("separate",))
-    plain = Generator(settings, log=lambda _: None)
+    plain = assemble(settings, log=lambda _: None)
     for model, scale in (("dev", 1.0), ("schnell", 0.5), ("dev", 0.0)):
         asked = {"prompt": "a cat", "seed": 3, "model": model, "lora_scale": scale, "num_inference_steps": 2}
         request = Request.parse(**asked, aspect_ratio="custom", width=256, height=256, disable_safety_checker=True)
-        latents = []
+        steps: list[Step] = []
         for server in (generator, plain):
-            monkeypatch.setattr("flux_lora.generator.decode", keeping(latents))
-            server.draw(request, lambda *_: None)
-        assert torch.allclose(*latents, atol=1e-4)
-        fused = [m for m in generator._pipelines[model].transformer.modules() if getattr(m, "fused_projections", False)]
+            server.draw(request, lambda *_: None, steps.append)
+        assert torch.allclose(steps[1].latents, steps[3].latents, atol=1e-4)
+        fused = [
+            m for m in generator.parts.pipelines[model].transformer.modules() if getattr(m, "fused_projections", False)
+        ]
         assert len(fused) == (0 if streamed else 6)
-
-
-def keeping(latents: list[Tensor]) -> Any:
-    from flux_lora.drawing.image import decode
-
-    def keep(pipeline: Any, drawn: Tensor, *rest: Any) -> Any:
-        latents.append(drawn)
-        return decode(pipeline, drawn, *rest)
-
-    return keep

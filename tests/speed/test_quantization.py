@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux_lora.checkpoint import assembling
 from flux_lora.device import devices
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
@@ -18,13 +17,12 @@ from flux_lora.speed.quantization import (
     QuantizedLinear,
     emulated_product,
     hardware_product,
-    quantize,
+    prepare,
     quantized_layers,
 )
-from tests.conftest import MINI
+from tests.loaded import Loaded, load
 from training.random_weights import random_lora
 
-CPU = torch.device("cpu")
 FP8 = FORMATS["fp8"]
 
 
@@ -44,30 +42,27 @@ def half_steps(exact: Tensor) -> Tensor:
     return (numbers[place] - numbers[place - 1]) / 2 * scales
 
 
-@pytest.fixture(scope="module")
-def loaded() -> assembling.Checkpoints:
-    return assembling.load(MINI, CPU, torch.bfloat16)
-
-
 @pytest.fixture
-def transformer(loaded: assembling.Checkpoints) -> nn.Module:
-    return copy.deepcopy(loaded.pipelines["dev"].transformer)
-
-
-@pytest.fixture
-def stored(loaded: assembling.Checkpoints) -> dict:
-    return dict(loaded.networks["dev"]["transformer"].readers)
+def loaded() -> Loaded:
+    """The miniature with a transformer in eight bits."""
+    return load(torch.bfloat16, scheme="fp8")
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, loaded: assembling.Checkpoints) -> list[tuple[Path, Adapter]]:
+def plain() -> nn.Module:
+    """The miniature's transformer as its files have it; not to be changed."""
+    transformer: nn.Module = load(torch.bfloat16).pipeline().transformer
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, plain: nn.Module) -> list[tuple[Path, Adapter]]:
     """LoRAs of ranks 4 and 2; the second touches single blocks only."""
-    module, folder = loaded.pipelines["dev"].transformer, tmp_path_factory.mktemp("loras")
-    shapes = {"transformer": MergedModule("transformer", module, {}).shapes}
+    folder, shapes = tmp_path_factory.mktemp("loras"), {"transformer": MergedModule("transformer", plain, {}).shapes}
     found = []
     for seed, rank in enumerate((4, 2)):
         torch.manual_seed(seed)
-        tensors = random_lora(module, rank=rank)
+        tensors = random_lora(plain, rank=rank)
         if seed == 1:
             tensors = {name: tensor for name, tensor in tensors.items() if ".single_transformer_blocks." in name}
         save_file(tensors, path := folder / f"{seed}.safetensors")
@@ -135,34 +130,26 @@ def test_the_hardwares_product_is_the_emulated_one() -> None:
     assert torch.allclose(actual.float(), emulated_product(*operands).float(), rtol=2**-7, atol=1e-2)
 
 
-def test_blocks_are_quantized_and_modulations_are_not(transformer: nn.Module) -> None:
+def test_blocks_are_quantized_and_modulations_are_not(plain: nn.Module) -> None:
+    transformer = copy.deepcopy(plain)
     before = dict(transformer.named_parameters())
-    kept: dict[str, Tensor] = {}
-    quantize(transformer, "fp8", kept.__setitem__)
-    layers = quantized_layers(transformer)
-    assert layers.keys() == kept.keys() == before.keys() - dict(transformer.named_parameters()).keys()
-    assert all(torch.equal(before[name], tensor) for name, tensor in kept.items())
+    layers = prepare(transformer, "fp8")
+    assert layers.keys() == quantized_layers(transformer).keys()
+    assert layers.keys() == before.keys() - dict(transformer.named_parameters()).keys()
+    assert all(layer.device.type == "meta" for layer in layers.values())
     assert "transformer_blocks.0.attn.to_q.weight" in layers
     assert "single_transformer_blocks.1.proj_out.weight" in layers
     assert not any("norm" in name or not name.split(".")[0].endswith("blocks") for name in layers)
 
 
-def test_on_meta_layers_are_only_replaced(transformer: nn.Module) -> None:
-    planned = copy.deepcopy(transformer).to("meta")
-    quantize(transformer, "fp8")
-    quantize(planned, "fp8")
-    assert quantized_layers(planned).keys() == quantized_layers(transformer).keys()
-    assert all(layer.device.type == "meta" for layer in quantized_layers(planned).values())
-
-
 @pytest.mark.parametrize("scale", [-1, 0, 0.3, 1, 2])
 def test_merged_weights_are_within_half_a_step_of_the_formula_in_float64(
-    transformer: nn.Module, adapters: list[tuple[Path, Adapter]], scale: float
+    loaded: Loaded, plain: nn.Module, adapters: list[tuple[Path, Adapter]], scale: float
 ) -> None:
-    pristine = {name: tensor.detach().double() for name, tensor in transformer.named_parameters()}
+    pristine = {name: tensor.detach().double() for name, tensor in plain.named_parameters()}
     file, adapter = adapters[0]
     lora = load_file(file)
-    merged = MergedModule("transformer", transformer, {}, "fp8")
+    merged, transformer = loaded.merged(), loaded.pipeline().transformer
     places = {name: layer.values.data_ptr() for name, layer in quantized_layers(transformer).items()}
     merged.bring([(adapter, scale)])
     layers = quantized_layers(transformer)
@@ -177,8 +164,13 @@ def test_merged_weights_are_within_half_a_step_of_the_formula_in_float64(
         assert (distance <= half_steps(exact) + lost).all(), name
 
 
-def test_changes_end_where_they_began(transformer: nn.Module, adapters: list[tuple[Path, Adapter]]) -> None:
-    merged = MergedModule("transformer", transformer, {}, "fp8")
+@pytest.mark.parametrize("room", [True, False], ids=["kept in memory", "read from the files"])
+def test_changes_end_where_they_began(
+    loaded: Loaded, adapters: list[tuple[Path, Adapter]], monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    if not room:
+        monkeypatch.setattr(devices, "free_memory", lambda _: 0)
+    merged, transformer = loaded.merged(), loaded.pipeline().transformer
     base = bits(transformer)
     merged.bring([(adapters[0][1], 0.8)])
     start = bits(transformer)
@@ -188,26 +180,6 @@ def test_changes_end_where_they_began(transformer: nn.Module, adapters: list[tup
         merged.bring([(adapter, chance.uniform(-1, 2)) for _, adapter in chance.sample(adapters, chance.randrange(3))])
     merged.bring([(adapters[0][1], 0.8)])
     assert same_bits(transformer, start)
+    assert room == ("in their files" not in merged.where())
     merged.bring([])
     assert same_bits(transformer, base)
-
-
-@pytest.mark.parametrize("room", [True, False], ids=["kept in memory", "read from the files"])
-def test_what_was_quantized_while_loading_merges_as_what_was_quantized_after(
-    transformer: nn.Module,
-    adapters: list[tuple[Path, Adapter]],
-    stored: dict,
-    monkeypatch: pytest.MonkeyPatch,
-    room: bool,
-) -> None:
-    early = copy.deepcopy(transformer)
-    quantize(early, "fp8")
-    if not room:
-        monkeypatch.setattr(devices, "free_memory", lambda _: 0)
-    first = MergedModule("transformer", early, stored)
-    second = MergedModule("transformer", transformer, stored, "fp8")
-    for wanted in ([(adapters[0][1], 0.5)], [(adapters[1][1], 1.0)], []):
-        first.bring(wanted)
-        second.bring(wanted)
-        assert same_bits(early, bits(transformer))
-    assert room == ("in their files" not in second.where())

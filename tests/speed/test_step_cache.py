@@ -1,5 +1,6 @@
 """Which steps are computed, and what the others take instead, judged by a denoising loop by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from flux_lora.assembly import assemble
 from flux_lora.drawing.image import denoise
 from flux_lora.drawing.latents import initial_noise, pack, unpack
 from flux_lora.drawing.prompts import PromptEncoder
@@ -105,15 +107,14 @@ def test_an_interrupted_image_leaves_nothing_behind(pipeline: Any) -> None:
     assert torch.equal(draw(pipeline, 8, Schedule())[0], before)
 
 
-def test_log_and_metrics_say_what_was_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_and_metrics_say_what_was_reused(tmp_path: Path) -> None:
     """Uncompiled, since nothing about it depends on that."""
     lines: list[str] = []
-    generator = Generator(Settings(weights=MINI, cache=tmp_path), log=lines.append)
+    parts = assemble(Settings(weights=MINI, cache=tmp_path), log=lines.append).parts
     asked = {"prompt": "a witness", "seed": 7, "num_inference_steps": 12, "num_outputs": 2}
     asked |= {"aspect_ratio": "custom", "width": 256, "height": 256}
     for schedule, reused in ((None, 0), (Schedule(), 8)):
-        monkeypatch.setattr(generator, "_profile", type(generator._profile)("fast", compiled=False, schedule=schedule))
         metrics: dict[str, Any] = {}
-        generator.draw(Request.parse(**asked), metrics.__setitem__)
+        Generator(replace(parts, schedule=schedule)).draw(Request.parse(**asked), metrics.__setitem__)
         assert metrics["reused_steps"] == reused
     assert sum("4 of 12 steps reuse" in line for line in lines) == 2

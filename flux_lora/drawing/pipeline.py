@@ -1,0 +1,118 @@
+"""What is used of diffusers' FLUX.1 pipelines, as types: diffusers itself has none that a checker could read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""diffusers' callback: (pipeline, step from 0, timestep, tensors by name) -> tensors to replace."""
+
+
+class TransformerConfig(Protocol):
+    """The configuration of a FluxTransformer2DModel."""
+
+    in_channels: int
+    num_attention_heads: int
+    attention_head_dim: int
+    guidance_embeds: bool
+
+
+class Transformer(Protocol):
+    """A FluxTransformer2DModel."""
+
+    @property
+    def config(self) -> TransformerConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    x_embedder: torch.nn.Linear
+
+
+class AutoencoderConfig(Protocol):
+    """The configuration of a VAE."""
+
+    scaling_factor: float
+    shift_factor: float
+
+
+class Autoencoder(Protocol):
+    """A VAE: images (B, 3, H, W) in −1…1, latents (B, C, h, w)."""
+
+    @property
+    def config(self) -> AutoencoderConfig: ...
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Turn latents into pixels; with ``return_dict=False`` a tuple whose first item they are."""
+
+
+class Encoding(Protocol):
+    """What a tokenizer makes of a text."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+    def __getitem__(self, name: str, /) -> Any: ...
+
+
+class Tokenizer(Protocol):
+    """A tokenizer of transformers."""
+
+    def __call__(self, text: str, *, return_offsets_mapping: bool = False, verbose: bool = True) -> Encoding: ...
+
+
+class ImageProcessor(Protocol):
+    """diffusers' VaeImageProcessor."""
+
+    def postprocess(self, image: Tensor) -> list[Image.Image]:
+        """Turn pixels (B, 3, H, W) in −1…1 into images."""
+
+
+class PipelineOutput(Protocol):
+    """What a pipeline gives."""
+
+    @property
+    def images(self) -> Any: ...
+
+
+class Pipeline(Protocol):
+    """A FluxPipeline."""
+
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
+
+    @property
+    def tokenizer_2(self) -> Tokenizer: ...
+    @property
+    def image_processor(self) -> ImageProcessor: ...
+    @property
+    def vae_scale_factor(self) -> int: ...
+
+    def __call__(
+        self,
+        *,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        latents: Tensor,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        output_type: str,
+        callback_on_step_end: AfterStep | None,
+    ) -> PipelineOutput: ...
+
+    def encode_prompt(
+        self, prompt: str, prompt_2: str | None, *, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a prompt: T5's tokens (1, n, d_model), CLIP's summary (1, hidden_size), and position ids."""
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set tqdm's options."""
+
+
+Pipelines = Mapping[str, Pipeline]
+"""By model: dev, schnell."""

@@ -14,6 +14,7 @@ from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside
 from flux_lora.checkpoint import download
 from flux_lora.checkpoint.assembling import Checkpoints, open_directory
+from flux_lora.checkpoint.components import ENCODERS
 from flux_lora.device import devices
 from flux_lora.drawing import safety
 from flux_lora.drawing.image import decode, denoise
@@ -35,8 +36,6 @@ from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.speed import attention, compilation, profiles, projections
 from flux_lora.speed.profiles import Profile
-
-ENCODERS = ("text_encoder", "text_encoder_2")
 
 WARM_UP_SIZE = SIZES["16:9"]
 """Its sides differ, so that compiled code takes neither for the other."""

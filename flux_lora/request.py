@@ -4,7 +4,7 @@ import difflib
 import re
 import secrets
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -13,6 +13,7 @@ from flux_lora.errors import RequestError
 
 AspectRatio = Literal["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"]
 Model = Literal["dev", "schnell"]
+MODELS: tuple[Model, ...] = get_args(Model)
 OutputFormat = Literal["webp", "jpg", "png"]
 
 SIZES: dict[AspectRatio, tuple[int, int]] = {

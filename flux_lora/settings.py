@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationErro
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
+from flux_lora.request import MODELS, Model
 
 GIB = 1024**3
 
@@ -31,7 +32,7 @@ class Settings(BaseSettings):
     weights: Path = Path("weights")
     """The weights directory: ``dev/``, ``schnell/``, ``lora.safetensors``, ``safety_checker/``."""
 
-    download: Annotated[tuple[Literal["dev", "schnell"], ...], NoDecode] = ()
+    download: Annotated[tuple[Model, ...], NoDecode] = ()
     """Base weights to fetch at set-up when they are missing: ``1`` for both models, or ``dev``, or ``schnell``."""
 
     device: str = "auto"
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
         if value.lower() in ("0", "false", "no", "off"):
             return ()
         if value.lower() in ("1", "true", "yes", "on"):
-            return ("dev", "schnell")
+            return MODELS
         return tuple(part.strip() for part in value.split(","))
 
     @classmethod

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from flux_lora.assembly import ENCODERS, merged_module
+from flux_lora.assembly import merged_module
 from flux_lora.checkpoint.assembling import Checkpoints, open_directory
+from flux_lora.checkpoint.components import ENCODERS
 from flux_lora.lora.merge import MergedModule
 from flux_lora.memory import placement
 from flux_lora.memory.placement import Placement

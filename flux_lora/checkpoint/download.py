@@ -26,18 +26,16 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils._headers import build_hf_headers
 from tqdm import tqdm
 
+from flux_lora.checkpoint.components import ENCODERS, OWN, SHARED
 from flux_lora.errors import WeightsError
+from flux_lora.request import MODELS
 from flux_lora.settings import Settings
 
-OWN = tuple(f"{folder}/*{kind}" for folder in ("transformer", "scheduler") for kind in (".json", ".safetensors"))
-SHARED = tuple(
-    f"{folder}/*{kind}"
-    for folder in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
-    for kind in (".json", ".safetensors", ".txt")
-)
 INDEX = "model_index.json"
 LICENCE = "LICENSE*"
-PIPELINE = (INDEX, LICENCE, *OWN, *SHARED)
+OWN_FILES = tuple(f"{folder}/*{kind}" for folder in OWN for kind in (".json", ".safetensors"))
+SHARED_FILES = tuple(f"{folder}/*{kind}" for folder in SHARED for kind in (".json", ".safetensors", ".txt"))
+PIPELINE = (INDEX, LICENCE, *OWN_FILES, *SHARED_FILES)
 CHECKER = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 REPOSITORIES = {
@@ -77,7 +75,7 @@ class RemoteFile:
         return max(0, min(_size(self.part), self.size))
 
 
-def fetch_base(settings: Settings, models: Sequence[str] = ("dev", "schnell"), log: Log = print) -> None:
+def fetch_base(settings: Settings, models: Sequence[str] = MODELS, log: Log = print) -> None:
     """Fetch the models that the weights directory lacks; where it lacks none, no connection is opened.
 
     Raises:
@@ -117,7 +115,7 @@ def _list(api: HfApi, weights: Path, name: str, names: Sequence[str]) -> list[Re
     repository, folder = REPOSITORIES[name]
     patterns = CHECKER if name == "safety" else PIPELINE
     if name == "schnell" and ("dev" in names or _holds(weights, "dev")):
-        patterns = (LICENCE, *OWN)
+        patterns = (LICENCE, *OWN_FILES)
     with _plain_errors(api, repository):
         info = api.model_info(repository, files_metadata=True)
     files = [
@@ -143,7 +141,7 @@ def _holds(weights: Path, model: str) -> bool:
     folder = weights / model
     networks = ["transformer"]
     if model == "dev" or not _holds(weights, "dev"):
-        networks += ["text_encoder", "text_encoder_2", "vae"]
+        networks += [*ENCODERS, "vae"]
         if not (folder / INDEX).is_file():
             return False
     return all(_has_network(folder / network) for network in networks)

@@ -4,23 +4,21 @@
 is named here, before minutes of loading.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flux_lora.checkpoint.components import NETWORKS, OWN, SHARED
 from flux_lora.checkpoint.header import TensorFileError, read_header
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from flux_lora.device.libraries import diffusers, transformers
 from flux_lora.errors import WeightsError
-
-MODELS = ("dev", "schnell")
-OWN = ("transformer", "scheduler")
-SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
-NETWORKS = ("text_encoder", "text_encoder_2", "vae", "transformer")
+from flux_lora.request import MODELS
 
 CLASSES = {
     "transformer": diffusers.FluxTransformer2DModel,
@@ -45,6 +43,49 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 """How many pieces of a weight file, and of which size, its fingerprint is made of."""
 
 
+class _Described(BaseModel):
+    """What is read of a JSON file; the rest of it is for the library that it belongs to."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class PipelineIndex(_Described):
+    """A pipeline's ``model_index.json``."""
+
+    class_name: str = Field(alias="_class_name")
+    vae: list[str]
+    """The library and the class of the VAE."""
+
+
+class SchedulerConfig(_Described):
+    """A scheduler's ``scheduler_config.json``."""
+
+    class_name: str = Field(alias="_class_name")
+
+
+class NetworkConfig(_Described):
+    """A network's ``config.json``; each kind of network has some of these."""
+
+    class_name: str | None = Field(default=None, alias="_class_name")
+    architectures: list[str] | None = None
+    joint_attention_dim: int | None = None
+    pooled_projection_dim: int | None = None
+    in_channels: int | None = None
+    d_model: int | None = None
+    hidden_size: int | None = None
+    latent_channels: int = 0
+
+
+class WeightIndex(_Described):
+    """The index of weights that lie in several files."""
+
+    weight_map: dict[str, str]
+    """The file of each tensor."""
+
+
+Described = TypeVar("Described", bound=_Described)
+
+
 @dataclass(frozen=True)
 class Part:
     """One component's folder on disk, and for a network its checked weight files."""
@@ -66,16 +107,6 @@ def inspect(directory: Path) -> dict[str, dict[str, Part]]:
     Raises:
         WeightsError: no base weights, or weights that are damaged or of another architecture.
     """
-    try:
-        return _inspect(directory)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(
-            f"A JSON file below {directory} does not hold what it should ({type(error).__name__}: {error}). Delete "
-            "dev/ or schnell/, whichever was changed, and fetch it again with `scripts/download_weights`."
-        ) from error
-
-
-def _inspect(directory: Path) -> dict[str, dict[str, Part]]:
     present = [model for model in MODELS if os.path.lexists(directory / model)]
     for model in present:
         if not (directory / model).is_dir():
@@ -93,28 +124,28 @@ def _inspect(directory: Path) -> dict[str, dict[str, Part]]:
         )
     base = directory / complete[0]
     shared = {name: _part(base, name, _shared_class(base, name)) for name in SHARED}
-    layout = {
+    layout: dict[str, dict[str, Part]] = {
         model: {**{name: _part(directory / model, name, CLASSES[name]) for name in OWN}, **shared} for model in present
     }
-    for model, components in layout.items():
-        _check_widths(directory / model, components)
+    for name, components in layout.items():
+        _check_widths(directory / name, components)
     return layout
 
 
 def _shared_class(pipeline: Path, name: str) -> Any:
-    index = _read_json(pipeline / "model_index.json")
-    if index.get("_class_name") != "FluxPipeline":
+    index = _read(pipeline / "model_index.json", PipelineIndex)
+    if index.class_name != "FluxPipeline":
         raise WeightsError(
-            f"{pipeline} is a {index.get('_class_name')}, not a FluxPipeline: put a FLUX.1 text-to-image model there."
+            f"{pipeline} is a {index.class_name}, not a FluxPipeline: put a FLUX.1 text-to-image model there."
         )
     if name != "vae":
         return CLASSES[name]
-    named = index.get("vae")
-    if isinstance(named, list) and ".".join(map(str, named)) in AUTOENCODERS:
-        return AUTOENCODERS[".".join(named)]
-    raise WeightsError(
-        f"{pipeline / 'model_index.json'} names {named!r} as the VAE, and known are {', '.join(AUTOENCODERS)}."
-    )
+    named = ".".join(index.vae)
+    if named not in AUTOENCODERS:
+        raise WeightsError(
+            f"{pipeline / 'model_index.json'} names {named} as the VAE, and known are {', '.join(AUTOENCODERS)}."
+        )
+    return AUTOENCODERS[named]
 
 
 def _part(pipeline: Path, name: str, cls: Any) -> Part:
@@ -124,12 +155,11 @@ def _part(pipeline: Path, name: str, cls: Any) -> Part:
     if name.startswith("tokenizer") and not any((folder / file).is_file() for file in VOCABULARIES):
         raise _missing(pipeline, f"{name}/tokenizer.json")  # without one, transformers makes up a vocabulary
     if name == "scheduler":
-        _check_class(folder, _read_json(folder / "scheduler_config.json")["_class_name"], cls)
+        _check_class(folder, _read(folder / "scheduler_config.json", SchedulerConfig).class_name, cls)
     if name not in NETWORKS:
         return Part(name, folder, cls)
-    config = read_config(folder)
-    architectures = dict.fromkeys(config.get("architectures") or [config.get("_class_name")])
-    _check_class(folder, ", ".join(map(str, architectures)), cls)
+    config = _read(folder / "config.json", NetworkConfig)
+    _check_class(folder, ", ".join(dict.fromkeys(config.architectures or [str(config.class_name)])), cls)
     files = tuple(_weight_files(folder))
     elements = 0
     for file in files:
@@ -146,7 +176,9 @@ def _part(pipeline: Path, name: str, cls: Any) -> Part:
 def _weight_files(folder: Path) -> Iterator[Path]:
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
     index = folder / f"{stem}.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+    names = [f"{stem}.safetensors"]
+    if index.is_file():
+        names = sorted(set(_read(index, WeightIndex).weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
             raise _missing(folder.parent, f"{folder.name}/{name}")
@@ -165,17 +197,17 @@ def _check_class(folder: Path, found: str, expected: Any) -> None:
 
 
 def _check_widths(pipeline: Path, components: Mapping[str, Part]) -> None:
-    config = {name: read_config(components[name].folder) for name in NETWORKS}
+    config = {name: _read(components[name].folder / "config.json", NetworkConfig) for name in NETWORKS}
     transformer = config["transformer"]
     pairs = {
-        "joint_attention_dim": config["text_encoder_2"].get("d_model"),
-        "pooled_projection_dim": config["text_encoder"].get("hidden_size"),
-        "in_channels": 4 * config["vae"].get("latent_channels", 0),
+        "joint_attention_dim": config["text_encoder_2"].d_model,
+        "pooled_projection_dim": config["text_encoder"].hidden_size,
+        "in_channels": 4 * config["vae"].latent_channels,
     }
     for key, width in pairs.items():
-        if transformer.get(key) != width:
+        if getattr(transformer, key) != width:
             raise WeightsError(
-                f"{pipeline / 'transformer'} has {key} {transformer.get(key)} and the components beside it need "
+                f"{pipeline / 'transformer'} has {key} {getattr(transformer, key)} and the components beside it need "
                 f"{width}: they are not of one model."
             )
 
@@ -220,18 +252,17 @@ def _sample(file: Path) -> bytes:
     return b"".join(pieces)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a network."""
-    return _read_json(folder / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[Described]) -> Described:
     try:
-        content = json.loads(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise _missing(path.parent.parent, f"{path.parent.name}/{path.name}") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}. Delete it and fetch it again.") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not a JSON object.")
-    return content
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}. Delete it and fetch it again.") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise WeightsError(
+            f"{path} does not hold what it should ({': '.join(filter(None, (field, problem['msg'])))}). Delete it and "
+            "fetch it again with `scripts/download_weights`."
+        ) from None

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from flux_lora.request import MODELS
 from flux_lora.settings import Settings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ def prepare_environment() -> None:
     weights = weights_directory(settings)
     if "weights" not in settings.model_fields_set and not settings.download:
         miniature = weights / "mini"
-        if miniature.is_dir() and not any(os.path.lexists(weights / model) for model in ("dev", "schnell")):
+        if miniature.is_dir() and not any(os.path.lexists(weights / model) for model in MODELS):
             weights = miniature
             print(
                 "No base weights yet: drawing with weights/mini, a tiny model that knows a hundred things on plain "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flux_lora.commands import weights_directory
 from flux_lora.errors import FluxLoraError
+from flux_lora.request import MODELS
 from flux_lora.settings import Settings
 
 DESCRIPTION = """\
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _name(text: str) -> str:
     """Check a name; argparse's own choices refuse an empty list of them (Python 3.11)."""
-    if text not in ("dev", "schnell", "safety"):
+    if text not in (*MODELS, "safety"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of dev, schnell and safety")
     return text
 

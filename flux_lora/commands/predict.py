@@ -16,7 +16,7 @@ from flux_lora.commands import prepare_environment
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.files.record import Parameters
-from flux_lora.request import Request, documented_inputs
+from flux_lora.request import MODELS, Request, documented_inputs
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 
@@ -101,7 +101,7 @@ def _loras(digest: str, settings: Settings) -> Iterator[Path]:
         yield sources.fetch(settings.cog_weights, root=None)
     if cached := sources.cached(digest):
         yield cached
-    base = [settings.weights / name for name in ("dev", "schnell", "safety_checker")]
+    base = [settings.weights / name for name in (*MODELS, "safety_checker")]
     for path in sorted(settings.weights.rglob("*.safetensors")):
         if not any(path.is_relative_to(folder) for folder in base):
             yield path

@@ -82,11 +82,12 @@ def time_kernel(name: str, shape: Shape, device: torch.device, rounds: int = 20)
         with diffusers.attention_backend(name):  # asks for its package
             backend = diffusers.AttentionBackendName(name)
         attend = torch.compile(_attend, fullgraph=True, backend="eager")  # what cannot be traced fails here
-        if _error(attend(query, key, value, backend), inputs.float()) > MAX_ERROR:
-            return None
-        return fastest.time_call(lambda: attend(query, key, value, backend), device, rounds)
+        out = attend(query, key, value, backend)
     except UNUSABLE:
         return None
+    if _error(out, inputs.float()) > MAX_ERROR:
+        return None
+    return fastest.time_call(lambda: attend(query, key, value, backend), device, rounds)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, backend: Any) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_lora.assembly import ENCODERS, assemble
+from flux_lora.assembly import assemble
 from flux_lora.checkpoint import reading
 from flux_lora.checkpoint.assembling import Checkpoints, open_directory
+from flux_lora.checkpoint.components import ENCODERS
 from flux_lora.checkpoint.reading import StoredTensor
 from flux_lora.errors import DeviceMemoryError, SettingsError
 from flux_lora.files import provenance

@@ -1,4 +1,4 @@
-"""What must hold on a GPU too; the same checks on the CPU are in test_generator.py and adapters/test_merge.py."""
+"""What must hold on a GPU too; the same checks on the CPU are in test_generator.py and lora/test_merge.py."""
 
 from contextlib import suppress
 from dataclasses import asdict

@@ -15,7 +15,6 @@ from transformers.initialization import no_init_weights
 
 from flux_lora.checkpoint import assembling
 from flux_lora.checkpoint.assembling import Network
-from flux_lora.checkpoint.layout import Part
 from flux_lora.device import devices
 from flux_lora.drawing import strips
 from flux_lora.memory import measure
@@ -27,9 +26,9 @@ from tests.memory.helpers import DEV, FLUX, GB, SCHNELL, T5, tiny
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
-def network(name: str, module: nn.Module) -> Network:
+def network(module: nn.Module) -> Network:
     module.to(torch.bfloat16)
-    return Network(Part(name, Path(name), type(module)), module, dict(module.named_parameters()), {}, {})
+    return Network(module, dict(module.named_parameters()), {}, {})
 
 
 def test_the_weights_of_flux_are_as_counted_by_hand() -> None:
@@ -40,9 +39,9 @@ def test_the_weights_of_flux_are_as_counted_by_hand() -> None:
         dev, schnell = (FluxTransformer2DModel(guidance_embeds=guidance) for guidance in (True, False))
         encoder = transformers.T5EncoderModel(t5)
     encoder.tie_weights()
-    assert measure.weights("transformer", network("transformer", dev)) == DEV
-    assert measure.weights("transformer", network("transformer", schnell)) == SCHNELL
-    assert measure.weights("text_encoder_2", network("text_encoder_2", encoder)) == T5
+    assert measure.weights("transformer", network(dev)) == DEV
+    assert measure.weights("transformer", network(schnell)) == SCHNELL
+    assert measure.weights("text_encoder_2", network(encoder)) == T5
 
 
 def test_blocks_are_in_the_order_in_which_they_compute() -> None:

@@ -78,14 +78,14 @@ RESTART = """
 import json, shutil, sys, threading
 from pathlib import Path
 import torch
-from flux_lora.generator import Generator
+from flux_lora.assembly import assemble
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 
 weights, profile, cache, request, out = sys.argv[1:]
 lines, files = [], []
 settings = Settings(weights=Path(weights), profile=profile, cache=Path(cache), device="cpu")
-generator = Generator(settings, log=lines.append)
+generator = assemble(settings, log=lines.append)
 asked = Request.parse(**json.loads(request))
 thread = threading.Thread(target=lambda: files.extend(generator.draw(asked, lambda *_: None)))
 thread.start()

@@ -465,7 +465,7 @@ def interrupt_after(steps: int) -> Callable[..., object]:
     left = [steps]
 
     def trace(frame: FrameType, event: str, _argument: object) -> object:
-        if "/adapters/sources/" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
+        if "/flux_lora/sources/" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
             return None
         if event == "line":
             left[0] -= 1

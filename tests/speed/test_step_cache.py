@@ -30,7 +30,7 @@ def pipeline() -> Any:
 def draw(pipeline: Any, steps: int, schedule: Schedule | None) -> tuple[torch.Tensor, int]:
     encoded = PromptEncoder(1).encode(pipeline, "a witness", 512, ())
     with counting(pipeline.transformer, steps, schedule) as computed:
-        latents = denoise(pipeline, encoded, 7, SIZE, steps, guidance=3.5, title="")
+        latents = denoise(pipeline, encoded, 7, SIZE, steps=steps, guidance=3.5, title="")
     return latents, computed.steps
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from flux_lora.assembly import assemble
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
-from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from training.export import export
@@ -29,7 +29,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_exported_is_an_ordinary_weights_directory(untrained: Path) -> None:
     assert sum(file.stat().st_size for file in untrained.rglob("*") if file.is_file()) < 20e6
     lines: list[str] = []
-    generator = Generator(Settings(weights=untrained, device="cpu"), log=lines.append)
+    generator = assemble(Settings(weights=untrained, device="cpu"), log=lines.append)
     assert any("LoRA" in line and f"rank {LORA_RANK}" in line for line in lines)
     pictures = []
     for scale in (0.0, 1.0):

@@ -24,9 +24,9 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import nn
 from tqdm import tqdm
 
+from flux_lora.assembly import assemble
 from flux_lora.drawing.latents import pack
 from flux_lora.drawing.safety import OpenNsfw
-from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from training.album import PLACES, Album
@@ -145,7 +145,7 @@ class Artist:
     """The service's generator on a weights directory."""
 
     def __init__(self, weights: Path) -> None:
-        self._generator = Generator(Settings(weights=weights), log=_ignore)
+        self._generator = assemble(Settings(weights=weights), log=_ignore)
 
     def draw(self, prompt: str, seed: int, **inputs: Any) -> Image.Image:
         given = {"lora_scale": 0.0, "output_format": "png", "disable_safety_checker": True} | inputs

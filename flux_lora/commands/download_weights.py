@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux_lora.commands import weights_directory
+from flux_lora.commands import operator_settings
 from flux_lora.errors import FluxLoraError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
@@ -48,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        settings = Settings.from_environment()
-        settings = settings.model_copy(update={"weights": weights_directory(settings)})
+        settings = operator_settings()
         if options.lora is not None:
             _fetch_lora(options.lora, settings)
         if options.names:

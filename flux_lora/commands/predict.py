@@ -1,4 +1,4 @@
-"""``scripts/predict``: one prediction by the ``Predictor`` that Cog serves, called as ``cog predict`` is."""
+"""``scripts/predict``: one prediction by the generator that Cog serves, called as ``cog predict`` is."""
 
 import argparse
 import base64
@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from flux_lora.commands import prepare_environment
+from flux_lora.commands import drawing_settings
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.files.record import Parameters
@@ -58,11 +58,7 @@ def _predict(options: argparse.Namespace) -> int:
         inputs = redraw.inputs_of(source) | inputs
     request = Request.parse(**inputs)  # bad input, and no place for the output, are refused before anything is loaded
     _require_place(options.output or OUTPUTS / "picture")
-    prepare_environment()
-
-    from predict import Predictor
-
-    settings = Settings.from_environment()
+    settings = drawing_settings()
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
         fine_tune = None
@@ -70,16 +66,10 @@ def _predict(options: argparse.Namespace) -> int:
             fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
     metrics: dict[str, Any] = {}
 
-    class RecordingPredictor(Predictor):
-        """Outside Cog's server, metrics have nowhere to go but here."""
+    from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch
 
-        def record_metric(self, key: str, value: Any, mode: str = "replace") -> None:  # noqa: ARG002 - Cog's signature
-            metrics[key] = value
-
-    predictor = RecordingPredictor()
     with redirect_stdout(sys.stderr):
-        predictor.setup(fine_tune)
-        files = [Path(file) for file in predictor.run(**request.model_dump())]
+        files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
         same = written[0].read_bytes() == original

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ import httpx2
 import psutil
 
 from flux_lora import errors
-from flux_lora.commands import PROJECT, prepare_environment
+from flux_lora.commands import PROJECT, drawing_settings, environment_for
 from flux_lora.errors import FluxLoraError, SettingsError
 
 PREDICTOR = "predict.py:Predictor"
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         host = _listen_address(options.host, options.port)
-        prepare_environment()
+        settings = drawing_settings()
         _place_schema(PROJECT)
-        _serve(host, options.port, options.upload_url, stop)
+        _serve(host, options.port, options.upload_url, environment_for(settings), stop)
     except FluxLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -126,7 +126,7 @@ def _address(url: str) -> str:
     return url
 
 
-def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) -> None:
+def _serve(host: str, port: int, upload_url: str | None, settings: Mapping[str, str], stop: threading.Event) -> None:
     """Run Cog's server until it is told to stop.
 
     Raises:
@@ -136,6 +136,7 @@ def _serve(host: str, port: int, upload_url: str | None, stop: threading.Event) 
     if upload_url:
         command += ["--upload-url", upload_url]
     environment = {
+        **settings,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # for its worker
         "COG_PREDICT_TYPE_STUB": PREDICTOR,
         "PORT": str(port),

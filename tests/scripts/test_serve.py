@@ -13,7 +13,6 @@ import httpx2
 import psutil
 import pytest
 
-from flux_lora import commands
 from flux_lora.commands import PROJECT
 from flux_lora.commands import serve as serve_command
 
@@ -235,36 +234,6 @@ def test_a_port_in_use_is_refused_in_one_sentence(serve):
 def test_arguments_that_mean_nothing_are_refused(arguments):
     with pytest.raises(SystemExit, match="2"):
         serve_command.main(arguments)
-
-
-@pytest.mark.parametrize(
-    ("folders", "environment", "expected"),
-    [
-        (["mini"], {}, "weights/mini"),
-        (["mini"], {"FLUX_WEIGHTS": ""}, "weights/mini"),
-        (["mini", "dev"], {}, "weights"),
-        (["mini", "schnell"], {}, "weights"),
-        ([], {}, "weights"),
-        (["mini"], {"FLUX_DOWNLOAD": "1"}, "weights"),
-        (["mini"], {"FLUX_WEIGHTS": "elsewhere"}, "here/elsewhere"),
-    ],
-)
-def test_the_miniature_serves_only_where_no_weights_were_named_or_put(
-    monkeypatch, tmp_path, capsys, folders, environment, expected
-):
-    for name in ("FLUX_WEIGHTS", "FLUX_DOWNLOAD"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands, "PROJECT", tmp_path)
-    for folder in folders:
-        (tmp_path / "weights" / folder).mkdir(parents=True)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("FLUX_WEIGHTS", environment.get("FLUX_WEIGHTS", ""))  # so that it is restored
-    commands.prepare_environment()
-    assert os.environ["FLUX_WEIGHTS"] == str(tmp_path / expected)
-    assert ("drawing with weights/mini" in capsys.readouterr().err) == (expected == "weights/mini")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "http://"])

@@ -17,7 +17,7 @@ from flux_lora.checkpoint.assembling import Checkpoints, open_directory
 from flux_lora.checkpoint.components import ENCODERS
 from flux_lora.device import devices
 from flux_lora.drawing import safety
-from flux_lora.drawing.image import decode, denoise
+from flux_lora.drawing.image import decode, denoise, image_tokens
 from flux_lora.drawing.pipeline import Pipelines
 from flux_lora.drawing.prompts import PromptEncoder
 from flux_lora.errors import DrawingError
@@ -160,8 +160,7 @@ def _choose_kernels(
     if not profile.compiled:
         return attention.DEFAULT
     pipeline = next(iter(pipelines.values()))
-    width, height = SIZES["1:1"]
-    tokens = width * height // (2 * pipeline.vae_scale_factor) ** 2 + MAX_TEXT_TOKENS["dev"]
+    tokens = image_tokens(pipeline, SIZES["1:1"]) + MAX_TEXT_TOKENS["dev"]
     transformers = [pipeline.transformer for pipeline in pipelines.values()]
     name, measured = attention.set_fastest(transformers, tokens, device, exact=profile.exact_attention, folder=cache)
     if measured:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside, result, succeeded
 from flux_lora.device import devices
-from flux_lora.drawing.image import denoise
+from flux_lora.drawing.image import denoise, image_tokens
 from flux_lora.drawing.pipeline import Pipeline, Pipelines
 from flux_lora.drawing.prompts import Embeddings, PromptEncoder, read_part
 from flux_lora.errors import SafetyError, WeightsError
@@ -23,6 +23,9 @@ from flux_lora.lora.merge import AdapterSet, MergedModule
 from flux_lora.memory.placement import Placement
 from flux_lora.request import Request
 from flux_lora.speed import compilation, step_cache
+
+FEW_TOKENS = 128
+"""Patches below which a picture stays poor or empty; FLUX.1 has 256 of them at 256×256, the miniature 16."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Generator:
         """Take the parts, all of them ready; `flux_lora.assembly.assemble` makes them from settings."""
         self.parts = parts
 
-    def draw(self, request: Request, record: Record, observer: Observer | None = None) -> list[Path]:
+    def draw(self, request: Request, record: Record = lambda *_: None, observer: Observer | None = None) -> list[Path]:
         """Draw a request's images, in the order of their seeds.
 
         The files lie in a directory of this request's own, which stays until the next request starts.
@@ -188,10 +191,15 @@ class Generator:
         ledger.log(
             f"size: {width}×{height}, {request.num_outputs} × {request.model}, {request.num_inference_steps} steps"
         )
-        for note in request.ignored:
+        for note in request.notes:
             ledger.log(note)
         if request.model == "dev" and not self._has_guidance("dev"):
             ledger.log("guidance_scale is ignored: the dev model of this server has no guidance input")
+        tokens = image_tokens(self.parts.pipelines[request.model], request.size)
+        if tokens < FEW_TOKENS:
+            ledger.log(
+                f"this model sees {width}×{height} as {tokens} patches, too few to show much: ask for about a megapixel"
+            )
 
     def _submit_reading(
         self, pipeline: Pipeline, request: Request, adapters: AdapterSet, ledger: Ledger

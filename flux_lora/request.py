@@ -202,14 +202,22 @@ class Request(BaseModel):
         return MAX_TEXT_TOKENS[self.model]
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """A sentence for each input that was given but has no effect."""
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each input that has no effect, or that costs more than it gives."""
         notes = []
         if self.aspect_ratio != "custom" and (self.width is not None or self.height is not None):
             notes.append(f"width and height are ignored: aspect_ratio is {self.aspect_ratio}, not custom")
-        if self.model == "schnell" and self.guidance_scale != type(self).model_fields["guidance_scale"].default:
+        if self.model == "schnell" and self.guidance_scale != self._default("guidance_scale"):
             notes.append("guidance_scale is ignored: schnell has no guidance input")
+        if self.model == "schnell" and self.num_inference_steps == self._default("num_inference_steps"):
+            notes.append(
+                f"schnell draws {self.num_inference_steps} steps as asked; num_inference_steps=4 is enough for it"
+            )
         return tuple(notes)
+
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return cls.model_fields[name].default
 
 
 @cache

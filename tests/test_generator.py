@@ -435,3 +435,11 @@ def test_the_base_model_alone_says_so(tmp_path: Path) -> None:
 def test_an_impossible_device_is_a_setting_that_is_named() -> None:
     with pytest.raises(SettingsError, match="FLUX_DEVICE=cuda:77"):
         build(device="cuda:77")
+
+
+@pytest.mark.parametrize(("side", "poor"), [(256, True), (512, True), (1024, False)])
+def test_too_few_patches_are_mentioned(generator: Generator, side: int, poor: bool) -> None:
+    lines: list[str] = []
+    asked = WITNESS | {"width": side, "height": side, "num_inference_steps": 1}
+    Generator(replace(generator.parts, log=lines.append)).draw(Request.parse(**asked))
+    assert any("too few to show much" in line for line in lines) == poor

@@ -199,10 +199,10 @@ def test_custom_without_a_side_names_it(sides, missing):
 
 
 def test_inputs_without_effect_are_noted():
-    assert parse(model="dev", guidance_scale=2).ignored == ()
-    assert parse(model="schnell").ignored == ()
-    assert parse(aspect_ratio="custom", width=300, height=300).ignored == ()
-    size, guidance = parse(model="schnell", guidance_scale=2, height=300).ignored
+    assert parse(model="dev", guidance_scale=2).notes == ()
+    assert parse(model="schnell", num_inference_steps=4).notes == ()
+    assert parse(aspect_ratio="custom", width=300, height=300).notes == ()
+    size, guidance = parse(model="schnell", num_inference_steps=4, guidance_scale=2, height=300).notes
     assert size.startswith("width and height are ignored")
     assert guidance.startswith("guidance_scale is ignored")
 
@@ -217,3 +217,9 @@ def test_a_request_is_frozen_and_survives_a_round_trip():
     assert Request.parse(**json.loads(json.dumps(request.model_dump()))) == request
     with pytest.raises(ValidationError, match="frozen"):
         request.seed = 1
+
+
+def test_schnell_with_the_default_of_dev_says_that_four_steps_are_enough() -> None:
+    assert any("try num_inference_steps=4" in note for note in Request.parse(prompt="a", model="schnell").notes)
+    assert not Request.parse(prompt="a", model="schnell", num_inference_steps=4).notes
+    assert not Request.parse(prompt="a").notes

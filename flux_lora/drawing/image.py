@@ -73,6 +73,12 @@ def denoise(
     return unpack(tokens, rows, columns)
 
 
+def image_tokens(pipeline: Pipeline, size: tuple[int, int]) -> int:
+    """How many tokens the transformer sees of an image of a size, width and height in pixels."""
+    patch = 2 * pipeline.vae_scale_factor  # 2: the packing
+    return (drawable(size[0], patch) // patch) * (drawable(size[1], patch) // patch)
+
+
 @torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor, size: tuple[int, int], in_strips: bool = False) -> Image.Image:
     """Turn latents into an RGB image of exactly ``size``, the centre of what was drawn; in strips with less memory."""

@@ -210,9 +210,7 @@ class Request(BaseModel):
         if self.model == "schnell" and self.guidance_scale != self._default("guidance_scale"):
             notes.append("guidance_scale is ignored: schnell has no guidance input")
         if self.model == "schnell" and self.num_inference_steps == self._default("num_inference_steps"):
-            notes.append(
-                f"schnell draws {self.num_inference_steps} steps as asked; num_inference_steps=4 is enough for it"
-            )
+            notes.append(f"schnell needs 4 steps and takes {self.num_inference_steps}: try num_inference_steps=4")
         return tuple(notes)
 
     @classmethod

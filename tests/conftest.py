@@ -6,9 +6,14 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
+
+# Without a GPU Triton's programs are interpreted. It reads this when it is imported, by whichever test is the first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "weights" / "mini"

@@ -30,6 +30,9 @@ class Format:
 
 FORMATS: dict[Scheme, Format] = {"fp8": Format(torch.float8_e4m3fn, 448.0)}
 
+SMALLEST = 2.0**-100
+"""What a token's largest value is taken for at least: so the inverse of it is finite, and a token of zeros is one."""
+
 ALIGNMENT = 16
 """Both sides of a weight must be multiples of it: what GPUs' eight-bit products ask for."""
 
@@ -89,12 +92,24 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token by itself and multiply."""
-        tokens = x.reshape(-1, x.shape[-1])
-        exact = tokens.float()
-        scales = _scales(exact, self.format)
-        product = hardware_product if x.is_cuda else emulated_product
-        out = product(_rounded(exact, scales, self.format), self.values, scales, self.scales, self.bias, x.dtype)
-        return out.reshape(*x.shape[:-1], self.shape[0])
+        return self.multiply(*quantize_tokens(x.float(), self.scheme), x.dtype)
+
+    def multiply(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply tokens that `quantize_tokens` has quantized: values (…, in), scales (…, 1) -> (…, out)."""
+        tokens = values.reshape(-1, values.shape[-1])
+        product = hardware_product if values.is_cuda else emulated_product
+        out = product(tokens, self.values, scales.reshape(-1, 1), self.scales, self.bias, dtype)
+        return out.reshape(*values.shape[:-1], self.shape[0])
+
+
+def quantize_tokens(x: Tensor, scheme: Scheme = "fp8") -> tuple[Tensor, Tensor]:
+    """Tokens (…, n), float32, each with its own scale: values (…, n) in eight bits, and scales (…, 1) in float32.
+
+    Values are x · (largest number / largest of the token): a GPU multiplies in a fraction of the time of a division.
+    """
+    numbers = FORMATS[scheme]
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
+    return (x * (numbers.largest / largest)).to(numbers.dtype), largest / numbers.largest
 
 
 def hardware_product(

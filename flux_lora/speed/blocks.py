@@ -26,7 +26,7 @@ Rows = list[Tensor]
 flux = diffusers.models.transformers.transformer_flux
 
 
-class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[misc]  # diffusers is untyped
+class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[name-defined]  # diffusers is untyped
     """Text and image tokens with weights of their own, and attention over both."""
 
     def forward(
@@ -73,12 +73,12 @@ class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[misc]  # diffusers
             ups, downs, _split(rows, texts), _split([sums], texts), mlp_gate, strict=True
         ):
             wide = _multiply(up, stream, dtype)
-            wide = kernels.join(None, wide, True) if _quantized(down) else [F.gelu(wide, approximate="tanh")]
-            done.append(total[0] + factor[:, None] * _multiply(down, wide, dtype))
+            active = kernels.join(None, wide, True) if _quantized(down) else [F.gelu(wide, approximate="tanh")]
+            done.append(total[0] + factor[:, None] * _multiply(down, active, dtype))
         return done[0], done[1]
 
 
-class SingleBlock(flux.FluxSingleTransformerBlock):  # type: ignore[misc]  # diffusers is untyped
+class SingleBlock(flux.FluxSingleTransformerBlock):  # type: ignore[name-defined]  # diffusers is untyped
     """Text and image tokens with the same weights; attention and MLP beside each other."""
 
     def forward(
@@ -129,7 +129,7 @@ def _projections(attn: Any, *, added: bool) -> list[nn.Module]:
 def _heads(attn: Any, projected: Sequence[Tensor]) -> list[Tensor]:
     """Query, key and value, (batch, tokens, heads, width) each."""
     three = projected[0].chunk(3, dim=-1) if len(projected) == 1 else projected
-    return [x.unflatten(-1, (-1, attn.head_dim)) for x in three]
+    return [x.reshape(*x.shape[:-1], -1, attn.head_dim) for x in three]
 
 
 def _attend(attn: Any, image: list[Tensor], text: list[Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -287,7 +287,7 @@ def rotate_reference(
                 for x, (_, norms) in zip(parts, streams, strict=True)
             ]
             x = torch.cat(normed, dim=1)
-            even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+            even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
             turned = torch.stack([-odd, even], dim=-1).flatten(-2)
             joined.append((x * cosine[:, None] + turned * sine[:, None]).to(image[0].dtype))
         else:

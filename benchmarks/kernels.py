@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from flux_lora.speed import kernels
-from flux_lora.speed.quantization import QuantizedLinear, quantize
+from flux_lora.speed.quantization import QuantizedLinear, prepare
 
 OPTIONS = {"deterministic": True}
 """What the service compiles with (compilation.py)."""
@@ -207,7 +207,10 @@ def time_blocks(sizes: Sizes, rate: float) -> dict[str, Any]:  # noqa: ARG001 - 
         for whose in ("ours", "diffusers"):
             model = copy.deepcopy(base)
             if profile == "balanced":
-                quantize(model, "fp8")
+                weights = dict(model.named_parameters())
+                for name, layer in prepare(model, "fp8").items():
+                    layer.move(sizes.device)
+                    layer.write_rows(0, len(weights[name]), weights[name])
             projections.fuse(model)
             if whose == "ours":
                 blocks.place(model)

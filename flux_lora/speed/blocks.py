@@ -26,7 +26,7 @@ Rows = list[Tensor]
 flux = diffusers.models.transformers.transformer_flux
 
 
-class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[name-defined]  # diffusers is untyped
+class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[misc, name-defined]  # diffusers is untyped
     """Text and image tokens with weights of their own, and attention over both."""
 
     def forward(
@@ -78,7 +78,7 @@ class DoubleBlock(flux.FluxTransformerBlock):  # type: ignore[name-defined]  # d
         return done[0], done[1]
 
 
-class SingleBlock(flux.FluxSingleTransformerBlock):  # type: ignore[name-defined]  # diffusers is untyped
+class SingleBlock(flux.FluxSingleTransformerBlock):  # type: ignore[misc, name-defined]  # diffusers is untyped
     """Text and image tokens with the same weights; attention and MLP beside each other."""
 
     def forward(

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from flux_lora.speed import blocks, compilation, kernels, projections
-from flux_lora.speed.quantization import QuantizedLinear, quantize, quantized_layers
+from flux_lora.speed.quantization import QuantizedLinear, prepare, quantized_layers
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
 
@@ -66,6 +66,13 @@ def placed(model: nn.Module, dtype: torch.dtype) -> Any:
     return other
 
 
+def quantize(model: nn.Module) -> None:
+    weights = dict(model.named_parameters())
+    for name, layer in prepare(model, "fp8").items():
+        layer.move(torch.device("cpu"))
+        layer.write_rows(0, len(weights[name]), weights[name])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("backend", ["native", "flex"], ids=["heads first", "tokens first"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -95,7 +102,7 @@ def test_bfloat16_is_rounded_less_often_than_in_diffusers(model: Any) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_quantized_blocks_compute_what_diffusers_computes(model: Any, fused: bool) -> None:
     theirs = copy.deepcopy(model)
-    quantize(theirs, "fp8")
+    quantize(theirs)
     ours = placed(theirs, torch.float32)
     assert len(quantized_layers(ours)) == len(quantized_layers(theirs)) > 0
     if fused:
@@ -107,7 +114,7 @@ def test_quantized_blocks_compute_what_diffusers_computes(model: Any, fused: boo
 
 def test_a_layer_that_is_not_quantized_gets_tokens_that_are_not(model: Any) -> None:
     theirs = copy.deepcopy(model)
-    quantize(theirs, "fp8")
+    quantize(theirs)
     for name in (
         "single_transformer_blocks.0.proj_mlp",
         "transformer_blocks.0.ff.net.2",
@@ -123,7 +130,7 @@ def test_a_layer_that_is_not_quantized_gets_tokens_that_are_not(model: Any) -> N
 def test_blocks_are_compiled_as_a_whole_and_once_for_each_class(model: Any, scheme: Any) -> None:
     ours = placed(model, torch.bfloat16)
     if scheme:
-        quantize(ours, scheme)
+        quantize(ours)
     expected = run(ours, torch.bfloat16)
     before = compilation.graphs()
     ours.compile_repeated_blocks(fullgraph=True, dynamic=True, options=compilation.OPTIONS)

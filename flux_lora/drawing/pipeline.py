@@ -23,12 +23,12 @@ class TransformerConfig(Protocol):
 class Transformer(Protocol):
     """A FluxTransformer2DModel."""
 
-    @property
-    def config(self) -> TransformerConfig: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
     x_embedder: torch.nn.Linear
+    """The first layer: it runs once in each step that is computed."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """What it was built by."""
 
 
 class AutoencoderConfig(Protocol):
@@ -42,7 +42,8 @@ class Autoencoder(Protocol):
     """A VAE: images (B, 3, H, W) in −1…1, latents (B, C, h, w)."""
 
     @property
-    def config(self) -> AutoencoderConfig: ...
+    def config(self) -> AutoencoderConfig:
+        """What it was built by."""
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """Turn latents into pixels; with ``return_dict=False`` a tuple whose first item they are."""
@@ -52,14 +53,18 @@ class Encoding(Protocol):
     """What a tokenizer makes of a text."""
 
     @property
-    def input_ids(self) -> Sequence[int]: ...
-    def __getitem__(self, name: str, /) -> Any: ...
+    def input_ids(self) -> Sequence[int]:
+        """The tokens."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """Get one of the sequences that belong to the tokens, such as ``offset_mapping``."""
 
 
 class Tokenizer(Protocol):
     """A tokenizer of transformers."""
 
-    def __call__(self, text: str, *, return_offsets_mapping: bool = False, verbose: bool = True) -> Encoding: ...
+    def __call__(self, text: str, *, return_offsets_mapping: bool = False, verbose: bool = True) -> Encoding:
+        """Split a text into tokens."""
 
 
 class ImageProcessor(Protocol):
@@ -73,23 +78,32 @@ class PipelineOutput(Protocol):
     """What a pipeline gives."""
 
     @property
-    def images(self) -> Any: ...
+    def images(self) -> Any:
+        """Latents as tokens (1, h/2·w/2, 4C), if those were asked for."""
 
 
 class Pipeline(Protocol):
     """A FluxPipeline."""
 
-    transformer: Any
-    vae: Any
-    text_encoder: Any
-    text_encoder_2: Any
+    @property
+    def transformer(self) -> Any:
+        """A `Transformer` that is also a module."""
 
     @property
-    def tokenizer_2(self) -> Tokenizer: ...
+    def vae(self) -> Any:
+        """An `Autoencoder` that is also a module."""
+
     @property
-    def image_processor(self) -> ImageProcessor: ...
+    def tokenizer_2(self) -> Tokenizer:
+        """T5's."""
+
     @property
-    def vae_scale_factor(self) -> int: ...
+    def image_processor(self) -> ImageProcessor:
+        """What turns the VAE's pixels into images."""
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a side of a latent pixel has."""
 
     def __call__(
         self,
@@ -103,7 +117,8 @@ class Pipeline(Protocol):
         guidance_scale: float,
         output_type: str,
         callback_on_step_end: AfterStep | None,
-    ) -> PipelineOutput: ...
+    ) -> PipelineOutput:
+        """Denoise."""
 
     def encode_prompt(
         self, prompt: str, prompt_2: str | None, *, max_sequence_length: int

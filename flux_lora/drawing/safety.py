@@ -118,6 +118,7 @@ class Falconsai:
         self._model = model.to(device).eval()
 
     def score(self, image: Image.Image) -> float:
+        """Give the probability, 0 to 1, that an RGB image is explicit."""
         pixels = self._processor(image, return_tensors="pt")["pixel_values"].to(self._device)
         with torch.inference_mode():
             logits = self._model(pixels).logits[0]
@@ -148,6 +149,7 @@ class OpenNsfw:
             ) from error
 
     def score(self, image: Image.Image) -> float:
+        """Give the probability, 0 to 1, that an RGB image is explicit."""
         return float(self._classifier.classify(image).nsfw)
 
 

@@ -65,6 +65,7 @@ class Weights:
 
     @property
     def total(self) -> int:
+        """Bytes of all of them."""
         return self.trunk + sum(self.blocks)
 
     @property
@@ -102,6 +103,7 @@ class Room:
 
     @property
     def described(self) -> str:
+        """The bytes in words, for messages."""
         limited = f" ({self.limited_by})" if self.limited_by else ""
         if self.shared:
             return f"{readable(min(self.device, self.host))} of memory{limited}"
@@ -133,6 +135,8 @@ def choose_plan(
     """Choose the first plan that fits.
 
     Args:
+        sizes: what the models take.
+        room: what may be taken.
         lossy: whether weights may be quantized; with ``after``, whether they are: what streams never is.
         named: take this plan, whether or not the numbers say that it fits.
         after: a choice under which memory ran out: take a smaller one of the same precision.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flux_lora.checkpoint.components import NETWORKS
 from flux_lora.checkpoint.layout import Part, differing, fingerprint, inspect
@@ -88,7 +88,7 @@ def open_directory(directory: Path, dtype: torch.dtype) -> Checkpoints:
 def _network(part: Part, dtype: torch.dtype) -> Network:
     """Make a network of weights that take no memory, and compare its files with it, tensor by tensor."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with register_module_parameter_registration_hook(_without_memory):
             if issubclass(part.cls, diffusers.ModelMixin):
                 module = part.cls.from_config(part.cls.load_config(part.folder, local_files_only=True))
             else:
@@ -109,6 +109,11 @@ def _network(part: Part, dtype: torch.dtype) -> Network:
     _refuse(part, "of another shape", (name for name in stored if stored[name].shape != tuple(parameters[name].shape)))
     readers = {name: partial(_read, tensor) for name, tensor in stored.items()}
     return Network(module, parameters, stored, readers)
+
+
+def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:  # PyTorch's stub says None
+    """Move a parameter to the meta device as soon as its module has it; buffers are computed then, and stay real."""
+    return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _empty(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:

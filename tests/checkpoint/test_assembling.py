@@ -183,6 +183,14 @@ def test_weights_are_those_that_diffusers_loads(dtype: torch.dtype) -> None:
         assert all(torch.equal(actual[key], expected[key]) and actual[key].dtype == dtype for key in expected)
 
 
+def test_networks_wait_without_memory_but_with_their_buffers() -> None:
+    networks = open_directory(MINI, torch.float32).networks["dev"]
+    for network in networks.values():
+        assert {parameter.untyped_storage().nbytes() for parameter in network.parameters.values()} == {4}
+    positions = networks["text_encoder"].module.get_buffer("embeddings.position_ids")
+    assert positions.tolist() == [list(range(77))]
+
+
 def test_clip_files_of_older_layout_load(weights: Path) -> None:
     """FLUX.1's own CLIP file names its tensors ``text_model.…`` and may hold a buffer that is gone today."""
     path = weights / "dev/text_encoder/model.safetensors"

@@ -1,3 +1,59 @@
-"""Serve a fine-tuned FLUX.1 model exactly: documented inputs in, image files out."""
+"""Serve a fine-tuned FLUX.1 model exactly: documented inputs in, image files out.
 
-__version__ = "0.1.0"
+What is listed in ``__all__`` is for everybody; it is imported when it is first asked for, since drawing takes PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flux_lora.assembly import assemble
+    from flux_lora.errors import (
+        AdapterError,
+        DeviceMemoryError,
+        DrawingError,
+        FluxLoraError,
+        FormatError,
+        OutputError,
+        RequestError,
+        SafetyError,
+        SettingsError,
+        SourceError,
+        WeightsError,
+    )
+    from flux_lora.generator import Generator
+    from flux_lora.request import Request
+    from flux_lora.settings import Settings
+
+__version__ = "0.2.0.dev0"
+
+__all__ = [
+    "AdapterError",
+    "DeviceMemoryError",
+    "DrawingError",
+    "FluxLoraError",
+    "FormatError",
+    "Generator",
+    "OutputError",
+    "Request",
+    "RequestError",
+    "SafetyError",
+    "Settings",
+    "SettingsError",
+    "SourceError",
+    "WeightsError",
+    "assemble",
+]
+
+_MODULES = {"Generator": "generator", "Request": "request", "Settings": "settings", "assemble": "assembly"}
+"""Where each of them is; the errors are in ``errors``."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

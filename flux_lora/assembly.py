@@ -192,7 +192,8 @@ def _compile(
     if memory.streams_transformers:
         log("the transformer's blocks are streamed, and so not compiled")
     compilation.compile_pipelines(pipelines.values(), blocks=not memory.streams_transformers)
-    key = "; ".join((devices.describe(device), repr(profile), str(dtype), str(Software.installed())))
+    software = Software.installed().model_dump(exclude={"code"})  # PyTorch knows by itself which graphs have changed
+    key = "; ".join((devices.describe(device), repr(profile), str(dtype), str(software)))
     with compilation.cached(cache, key):
         compilation.warm_up(profile.name, lambda: _draw_unseen(pipelines, memory, prompts))
     graphs, known = compilation.graphs(), compilation.loaded_graphs()

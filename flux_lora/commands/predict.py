@@ -15,7 +15,6 @@ from typing import Any, Literal
 from flux_lora.commands import drawing_settings
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
-from flux_lora.files.record import Parameters
 from flux_lora.request import MODELS, Request, documented_inputs
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
@@ -72,8 +71,7 @@ def _predict(options: argparse.Namespace) -> int:
         files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
-        same = written[0].read_bytes() == original
-        print(f"{written[0]}: {'byte for byte' if same else _difference(source, written[0])}", file=sys.stderr)
+        print(f"{written[0]}: {redraw.compare(written[0], original, source)}", file=sys.stderr)
     if options.json is None:
         print(*written, sep="\n")
     else:
@@ -212,17 +210,6 @@ def _copied(file: Path, target: Path, mode: Literal["xb", "wb"]) -> bool:
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}.") from None
     return True
-
-
-def _difference(then: Parameters, new: Path) -> str:
-    """Say in what a picture that was drawn again differs from what it was drawn from."""
-    try:
-        now = provenance.read(new)
-    except OutputError:
-        return "cannot be compared, since it was drawn with FLUX_EMBED_PARAMETERS=0"
-    changed = [name for name in Parameters.model_fields if getattr(now, name) != getattr(then, name)]
-    reasons = now.environment.differences(then.environment) + [name for name in changed if name != "environment"]
-    return f"not the same: {', '.join(reasons) or 'although all parameters are equal'}"
 
 
 def _write_json(response: Mapping[str, Any], output: Path | None) -> None:

@@ -8,7 +8,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import flux_lora
 from flux_lora.errors import OutputError
+from flux_lora.files import own_code
 from flux_lora.request import Model, OutputFormat
+
+OWN = ("flux_lora", "code")
+"""What names flux-lora's own code in the software of a record; all else there are libraries."""
 
 
 class _Record(BaseModel):
@@ -19,6 +23,8 @@ class Software(_Record):
     """The versions of the software that decides a pixel or a byte."""
 
     flux_lora: str
+    code: str | None = None
+    """Digest of flux_lora's sources; None in files of 0.1.0."""
     torch: str
     diffusers: str
     transformers: str
@@ -28,8 +34,8 @@ class Software(_Record):
     @cache
     def installed(cls) -> Self:
         """Read the installed versions; nothing is imported for that."""
-        libraries = {name: version(name) for name in cls.model_fields if name != "flux_lora"}
-        return cls(flux_lora=flux_lora.__version__, **libraries)
+        libraries = {name: version(name) for name in cls.model_fields if name not in OWN}
+        return cls(flux_lora=flux_lora.__version__, code=own_code.DIGEST, **libraries)
 
 
 class Environment(_Record):
@@ -49,11 +55,12 @@ class Environment(_Record):
 
     def differences(self, other: Self) -> list[str]:
         """Name what differs, one phrase each: ``torch 2.13.0, not 2.12.1``, where 2.12.1 is the other's."""
-        here, there = self._flat(), other._flat()
-        return [f"{name} {here[name]}, not {there[name]}" for name in here if here[name] != there[name]]
+        here, there = self._known(), other._known()
+        both = (name for name in here if name in there)
+        return [f"{name} {here[name]}, not {there[name]}" for name in both if here[name] != there[name]]
 
-    def _flat(self) -> dict[str, str]:
-        return {**self.model_dump(exclude={"software"}), **self.software.model_dump()}
+    def _known(self) -> dict[str, str]:
+        return {**self.model_dump(exclude={"software"}), **self.software.model_dump(exclude_none=True)}
 
 
 class Lora(_Record):

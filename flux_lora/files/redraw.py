@@ -1,12 +1,16 @@
-"""A picture of ours -> the inputs and the fine-tune that draw it again."""
+"""A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
 
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import file_digest
+from io import BytesIO
 from pathlib import Path
 
-from flux_lora.errors import SourceError
-from flux_lora.files.record import Parameters
+from PIL import Image
+
+from flux_lora.errors import OutputError, SourceError
+from flux_lora.files import provenance
+from flux_lora.files.record import OWN, Parameters
 from flux_lora.request import SIZES
 
 
@@ -48,3 +52,37 @@ def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
         f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
         "the weights directory, or name it with COG_WEIGHTS."
     )
+
+
+def compare(new: Path, original: bytes, parameters: Parameters) -> str:
+    """Say how a picture that was drawn again compares with the one that it was drawn from.
+
+    Args:
+        new: the file that was drawn.
+        original: the file that it was drawn from.
+        parameters: what the original's record says.
+    """
+    content = new.read_bytes()
+    if content == original:
+        return "byte for byte"
+    same = _pixels(content) == _pixels(original)
+    try:
+        now = provenance.read(new)
+    except OutputError:
+        lacking = "it was drawn with FLUX_EMBED_PARAMETERS=0"
+        return f"the same pixels; {lacking}" if same else f"not the same; why cannot be told, since {lacking}"
+    changed = [name for name in Parameters.model_fields if getattr(now, name) != getattr(parameters, name)]
+    reasons = now.environment.differences(parameters.environment) + [name for name in changed if name != "environment"]
+    why = ", ".join(reasons)
+    if not same:
+        return f"not the same: {why or 'although all parameters are equal'}"
+    if not reasons:
+        return "the same pixels, with other metadata"
+    if all(reason.startswith(OWN) for reason in reasons):
+        return f"the same pixels, by other code: {why}"
+    return f"the same pixels, although {why}"
+
+
+def _pixels(file: bytes) -> tuple[tuple[int, int], bytes]:
+    with Image.open(BytesIO(file)) as image:
+        return image.size, image.convert("RGB").tobytes()

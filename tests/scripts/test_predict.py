@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flux_lora.commands.predict import main
-from flux_lora.files import provenance
+from flux_lora.files import own_code, provenance
 from tests.conftest import MINI, ROOT
 
 SMALL = [
@@ -103,6 +103,17 @@ def test_a_picture_is_drawn_again_from_its_file(capsys: pytest.CaptureFixture[st
     assert "byte for byte" in capsys.readouterr().err
     first, second = (Path(f"outputs/000{n}-seed7.{name}").read_bytes() for n in (1, 2))
     assert first == second
+
+
+def test_a_picture_that_other_code_drew_is_compared_by_its_pixels(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
+    first = Path("outputs/0001-seed7.webp")
+    code = provenance.read(first).environment.software.code
+    assert code == own_code.DIGEST
+    first.write_bytes(first.read_bytes().replace(code.encode(), b"0" * len(code)))
+    assert main(["--from", str(first), "-i", "disable_safety_checker=true"]) == 0
+    said = f"outputs/0002-seed7.webp: the same pixels, by other code: code {code}, not {'0' * len(code)}\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_another_scale_of_a_picture_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,124 @@
+"""What is said of a picture that was drawn again."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux_lora.files import outputs, provenance, redraw
+from flux_lora.files.record import Environment, Parameters, Software
+
+SOFTWARE = Software(
+    flux_lora="0.2.0", code="0" * 16, torch="2.13.0", diffusers="0.42.1", transformers="5.23.0", pillow="13.0.0"
+)
+ENVIRONMENT = Environment(base="5f" * 32, device="cpu", dtype="float32", software=SOFTWARE)
+PARAMETERS = Parameters(
+    prompt="a tomato",
+    seed=7,
+    width=48,
+    height=32,
+    model="dev",
+    num_inference_steps=4,
+    guidance_scale=3.5,
+    lora=None,
+    output_format="webp",
+    output_quality=80,
+    environment=ENVIRONMENT,
+)
+RED, GREEN = (Image.new("RGB", (48, 32), color) for color in ("red", "green"))
+FORMATS = ("webp", "jpg", "png")
+
+
+def by(**software: str | None) -> Parameters:
+    environment = ENVIRONMENT.model_copy(update={"software": SOFTWARE.model_copy(update=software)})
+    return PARAMETERS.model_copy(update={"environment": environment})
+
+
+def compared(folder: Path, new: tuple[Image.Image, Parameters], embed: bool = True, output_format: str = "webp") -> str:
+    """What is said of a new picture, where a red one with ``PARAMETERS`` was to be drawn again."""
+    files = folder / f"new.{output_format}", folder / f"old.{output_format}"
+    for file, (image, parameters), embedded in zip(files, (new, (RED, PARAMETERS)), (embed, True), strict=True):
+        quality = None if output_format == "png" else 80
+        changes = {"output_format": output_format, "output_quality": quality}
+        outputs.write(outputs.encode(image, parameters.model_copy(update=changes), embed=embedded), file)
+    return redraw.compare(files[0], files[1].read_bytes(), provenance.read(files[1]))
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ((RED, PARAMETERS), "byte for byte"),
+        ((RED, by(code="1" * 16)), f"the same pixels, by other code: code {'1' * 16}, not {'0' * 16}"),
+        (
+            (RED, by(code="1" * 16, flux_lora="0.3.0")),
+            f"the same pixels, by other code: flux_lora 0.3.0, not 0.2.0, code {'1' * 16}, not {'0' * 16}",
+        ),
+        ((RED, by(flux_lora="0.1.0", code=None)), "the same pixels, by other code: flux_lora 0.1.0, not 0.2.0"),
+        ((RED, by(torch="2.12.1")), "the same pixels, although torch 2.12.1, not 2.13.0"),
+        (
+            (RED, by(code="1" * 16, torch="2.12.1")),
+            f"the same pixels, although code {'1' * 16}, not {'0' * 16}, torch 2.12.1, not 2.13.0",
+        ),
+        ((GREEN, by(code="1" * 16)), f"not the same: code {'1' * 16}, not {'0' * 16}"),
+        ((GREEN, PARAMETERS), "not the same: although all parameters are equal"),
+        ((GREEN, PARAMETERS.model_copy(update={"seed": 8})), "not the same: seed"),
+        ((RED.resize((32, 48)), PARAMETERS), "not the same: although all parameters are equal"),
+    ],
+)
+def test_pictures_are_compared(
+    tmp_path: Path, new: tuple[Image.Image, Parameters], said: str, output_format: str
+) -> None:
+    assert compared(tmp_path, new, output_format=output_format) == said
+
+
+def test_pictures_without_parameters_are_compared_by_their_pixels(tmp_path: Path) -> None:
+    missing = "it was drawn with FLUX_EMBED_PARAMETERS=0"
+    assert compared(tmp_path, (RED, PARAMETERS), embed=False) == f"the same pixels; {missing}"
+    assert compared(tmp_path, (GREEN, PARAMETERS), embed=False) == f"not the same; why cannot be told, since {missing}"
+
+
+def test_a_file_that_another_program_rewrote_has_the_same_pixels(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.webp", tmp_path / "new.webp"
+    outputs.write(outputs.encode(RED, PARAMETERS, embed=True), old)
+    new.write_bytes(old.read_bytes())
+    with Image.open(old) as image:
+        rewritten = tmp_path / "rewritten.webp"
+        image.save(rewritten, lossless=True, xmp=image.info["xmp"])
+    assert redraw.compare(new, rewritten.read_bytes(), PARAMETERS) == "the same pixels, with other metadata"
+
+
+OLD = Path(__file__).parent / "written-by-0.1.0.webp"
+
+
+def test_a_file_of_the_first_version_is_read_and_asked_for_again() -> None:
+    parameters = provenance.read(OLD)
+    assert parameters.environment.software.model_dump() == {
+        "flux_lora": "0.1.0",
+        "code": None,
+        "torch": "2.13.0+cpu",
+        "diffusers": "0.42.1",
+        "transformers": "5.23.0",
+        "pillow": "13.0.0",
+    }
+    assert redraw.inputs_of(parameters) == {
+        "prompt": "a tomato",
+        "aspect_ratio": "custom",
+        "width": 256,
+        "height": 256,
+        "num_outputs": 1,
+        "lora_scale": 1.0,
+        "num_inference_steps": 4,
+        "model": "dev",
+        "guidance_scale": 3.5,
+        "seed": 7,
+        "output_format": "webp",
+        "output_quality": 20,
+    }
+
+
+def test_a_record_without_a_digest_differs_by_its_version() -> None:
+    installed = ENVIRONMENT.model_copy(update={"software": Software.installed()})
+    phrases = installed.differences(provenance.read(OLD).environment)
+    ours = [phrase for phrase in phrases if phrase.startswith(("flux_lora", "code"))]
+    assert ours == [f"flux_lora {Software.installed().flux_lora}, not 0.1.0"]

@@ -1,12 +1,10 @@
 """The decisions of scripts/setup, made by the script's own functions; the whole installation is a slow test."""
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pip
@@ -15,7 +13,9 @@ import pytest
 from flux_lora.commands import PROJECT
 
 BASH = shutil.which("bash")
-TORCH = next(line for line in (PROJECT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+TORCH = re.search(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
+SERVING = "requirements.txt requirements-cog.txt"
+LOCKS = f"install --no-deps --require-hashes {' '.join(f'--requirement={file}' for file in SERVING.split())}"
 WORKING = f'exec "{sys.executable}" "$@"'
 WITHOUT_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; {WORKING}'
 TOO_OLD = "exit 1"
@@ -28,7 +28,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a CPU
 def project(tmp_path):
     """What scripts/setup reads."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
-    for name in ("requirements.txt", "requirements-dev.txt", "cog.yaml"):
+    for name in (*SERVING.split(), "requirements-dev.txt", "cog.yaml"):
         shutil.copy(PROJECT / name, tmp_path)
     return tmp_path
 
@@ -48,42 +48,9 @@ def programs(tmp_path):
     return write
 
 
-def requirements(*files):
-    """The names that the files pin, in the spelling of Python's packaging."""
-    lines = [line for file in files for line in (PROJECT / file).read_text().splitlines()]
-    pinned = [re.fullmatch(r"([\w.-]+)==[\w.]+", line) for line in lines if line and not line.startswith(("#", "-r "))]
-    return {re.sub(r"[-_.]+", "-", match[1]).lower() for match in pinned}
-
-
-def imported(*folders):
-    """The distributions from which the code in these folders imports."""
-    distributions = packages_distributions()
-    for file in (file for folder in folders for file in PROJECT.glob(folder)):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            else:
-                continue
-            for module in modules:
-                yield from (name.replace("_", "-").lower() for name in distributions.get(module.split(".")[0], [])[:1])
-
-
-@pytest.mark.parametrize(
-    ("files", "folders"),
-    [
-        (["requirements.txt"], ["predict.py", "flux_lora/**/*.py"]),
-        (["requirements.txt", "requirements-dev.txt"], ["tests/**/*.py", "training/**/*.py", "benchmarks/**/*.py"]),
-    ],
-)
-def test_all_that_is_imported_is_pinned(files, folders):
-    assert set(imported(*folders)) - requirements(*files) - {"cog", "pip"} == set()
-
-
 def call(project, command, **environment):
     return subprocess.run(
-        [BASH, "-c", f"source scripts/setup; requirements=(requirements.txt); {command}"],
+        [BASH, "-c", f"source scripts/setup; requirements=({SERVING}); {command}"],
         cwd=project,
         env={name: value for name, value in os.environ.items() if name != "PYTHON"} | environment,
         capture_output=True,
@@ -140,7 +107,7 @@ def installed(project, requirements):
     call(project, f"requirements=({requirements}); describe >.venv/installed")
 
 
-@pytest.mark.parametrize("requirements", ["requirements.txt", "requirements.txt requirements-dev.txt"])
+@pytest.mark.parametrize("requirements", [SERVING, f"{SERVING} requirements-dev.txt"])
 def test_nothing_happens_when_all_is_installed(project, requirements):
     installed(project, requirements)
     before = (project / ".venv" / "installed").stat().st_mtime_ns
@@ -153,7 +120,8 @@ def test_nothing_happens_when_all_is_installed(project, requirements):
     "change",
     [
         "echo tqdm==4.0.0 >>requirements.txt",
-        "sed -i.bak 's/sdk_version:.*/sdk_version: \"0.23.2\"/' cog.yaml",
+        "echo cog==0.23.2 >>requirements-cog.txt",
+        "sed -i.bak 's/torch==[0-9.]*/torch==2.11.0/' cog.yaml",
         "choose_torch() { echo torch==2.13.0+other; }",
         "ln -sf /no/python .venv/bin/python",
         "rm .venv/installed",
@@ -162,13 +130,26 @@ def test_nothing_happens_when_all_is_installed(project, requirements):
     ],
 )
 def test_a_change_of_what_it_depends_on_installs_again(project, change):
-    installed(project, "requirements.txt")
+    installed(project, SERVING)
     assert call(project, "is_current").returncode == 0
     assert call(project, f"{change}; is_current").returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("torch", "asked"),
+    [
+        (f"{TORCH}+cpu", [f"install --no-deps {TORCH}+cpu", LOCKS]),
+        (TORCH, [LOCKS, f"install {TORCH}"]),
+    ],
+)
+def test_the_locks_are_installed_as_they_are_and_only_cuda_brings_more(project, torch, asked):
+    installed(project, SERVING)
+    done = call(project, f'pip() {{ echo "$*"; }}; choose_torch() {{ echo {torch}; }}; install')
+    assert (done.returncode, done.stdout.splitlines()) == (0, asked)
+
+
 def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
-    installed(project, "requirements.txt")
+    installed(project, SERVING)
     only_pip = project / "only_pip"
     only_pip.mkdir()
     (only_pip / "pip").symlink_to(Path(pip.__file__).parent)

@@ -1,6 +1,16 @@
 """Serve a fine-tuned FLUX.1 model exactly: documented inputs in, image files out.
 
-What is listed in ``__all__`` is for everybody; it is imported when it is first asked for, since drawing takes PyTorch.
+Example:
+    ``FLUX_WEIGHTS`` names the weights directory. The files stay until the next request, or the end of the process::
+
+        from shutil import copy
+        from flux_lora import Request, Settings, assemble
+
+        generator = assemble(Settings.from_environment())
+        for picture in generator.draw(Request.parse(prompt="a tomato", seed=7), record=print):
+            copy(picture, ".")
+
+What is in ``__all__`` is for everybody. It is imported when it is first asked for, since drawing takes PyTorch.
 """
 
 from importlib import import_module

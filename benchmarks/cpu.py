@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.measure import machine, take_turns
 from benchmarks.results import FOLDER
+from flux_lora.assembly import assemble
 from flux_lora.device.libraries import diffusers
-from flux_lora.generator import Generator
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 
@@ -94,7 +94,7 @@ def _options() -> argparse.Namespace:
 def _contenders(
     settings: Settings, steps: int, folder: Path
 ) -> tuple[dict[str, Callable[[int], Any]], dict[str, Stopwatch]]:
-    generator = Generator(settings, log=lambda _: None)
+    generator = assemble(settings, log=lambda _: None)
     plain = diffusers.FluxPipeline.from_pretrained(
         settings.weights / "dev", dtype=getattr(torch, settings.cpu_dtype), local_files_only=True
     )
@@ -118,7 +118,7 @@ def _contenders(
         ).images[0]
         image.save(folder / "picture.webp", quality=80)
 
-    mine = Stopwatch(generator._pipelines["dev"].transformer)
+    mine = Stopwatch(generator.parts.pipelines["dev"].transformer)
     contenders = {
         PLAIN: theirs,
         OURS: lambda turn: ours(turn, checked=False),

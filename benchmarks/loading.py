@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.measure import machine, table, take_turns
-from benchmarks.setup import _Peak
+from benchmarks.setup import Peak
 from flux_lora.checkpoint.reading import fill, stored_tensors
 
 OURS, READ, COPY, THEIRS = "ours", "plain read of the files", "copy to the device", "safetensors' load_file"
@@ -41,7 +41,7 @@ def main() -> int:
         files = _generate(Path(name), options.gigabytes)
         total = sum(file.stat().st_size for file in files)
         print(f"{total / 1e9:.2f} GB in {len(files)} files, bfloat16, to {device}\n")
-        with _Peak() as peak:
+        with Peak() as peak:
             loaded = _ours(files, device)
         resident = sum(tensor.nbytes for tensor in loaded if tensor.device.type == "cpu")
         extra = peak.highest - peak.before - resident

@@ -1,10 +1,12 @@
-"""Side-by-side timing: all contenders take turns in one run, so that a slow minute of the machine hits each of them."""
+"""Timing: side by side, all contenders taking turns so that a slow minute hits each of them, and of a GPU's work."""
 
+import gc
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -32,6 +34,34 @@ def table(seconds: Mapping[str, list[float]], reference: str) -> str:
         median = statistics.median(values)
         rows.append(f"{name:44}{median:9.3f}s{min(values):9.3f}s{max(values):9.3f}s{median / base:8.3f}")
     return "\n".join(rows)
+
+
+def median_seconds(work: Contender, times: int) -> float:
+    """The median of some calls, after one that does not count; a call is told its number, that one −1."""
+    work(-1)
+    return statistics.median(call_seconds(partial(work, turn)) for turn in range(times))
+
+
+def call_seconds(work: Callable[[], object]) -> float:
+    """Seconds of a call, and of what it asked of the GPU."""
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def wait() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Give back memory that nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def machine() -> str:

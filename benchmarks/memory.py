@@ -1,96 +1,102 @@
 """The memory plans on FLUX.1 at full size with random weights, against diffusers' own offloading at the same budget.
 
-    scripts/bench memory                          each budget, both contenders, on the GPU
+    scripts/bench memory                          each budget, all contenders, on the GPU
     scripts/bench memory --budgets 24 12 --models dev
-    scripts/bench memory --folder /disk/flux      keeps the generated weights (34 GB, or 57 GB for both models) there
+    scripts/bench memory --budgets 24 --ours      without diffusers
 
 Each contender runs in a process of its own, whose allocator is capped so that the driver counts no more than the budget
 for it. Peak memory is what nvidia-smi reports, less what it reported before. Targets: never above the budget, and at
-least 1.2 times faster than diffusers. Without a GPU: the plans by the numbers, and nothing measured.
+least 1.2 times faster than diffusers. Without a GPU: the plans by the numbers, and nothing measured; with --small, a
+small model by each contender, to try it.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import nn
 
 from benchmarks import full_size
-from benchmarks.measure import machine
-from flux_lora.checkpoint.assembling import Network
-from flux_lora.checkpoint.layout import Part
-from flux_lora.device.libraries import diffusers, transformers
+from benchmarks.measure import call_seconds, machine
+from flux_lora.assembly import assemble
+from flux_lora.device.libraries import diffusers
 from flux_lora.errors import DeviceMemoryError
 from flux_lora.memory import measure, plans
-from training import random_weights
+from flux_lora.request import Request
+from flux_lora.settings import Settings
 
 GB = 10**9
 BUDGETS = (80, 48, 40, 24, 16, 12)
 MINUTES = 8
 FASTER = 1.2
 STEPS = 28
-
-TRANSFORMER: dict[str, Any] = {"axes_dims_rope": (16, 56, 56)}  # else diffusers' defaults are FLUX.1's sizes
-T5, CLIP = full_size.FULL["t5"], full_size.FULL["clip"]
-VAE = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "norm_num_groups": 32}
+OURS = "ours"
 
 
 def main() -> int:
     """Print a row for each budget; exit with 1 when a target is missed."""
-    parser = argparse.ArgumentParser(prog="scripts/bench memory", description=__doc__.splitlines()[0])
+    options = _options()
+    if options.run:
+        print(json.dumps(RUNS[options.run](options)))
+        return 0
+    print(machine())
+    if not torch.cuda.is_available() and not options.small:
+        _without_gpu(options.budgets, options.models)
+        return 0
+    rows, missed = _measure(options)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / "memory.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    return int(missed)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="GB")
     parser.add_argument("--models", nargs="+", choices=["dev", "schnell"], default=["dev", "schnell"])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--folder", type=Path, help="where the generated weights are, or are to be kept")
+    parser.add_argument("--ours", action="store_true", help="without diffusers")
+    parser.add_argument("--small", action="store_true", help="a small model, to try the benchmark")
+    parser.add_argument("--results", type=Path, help="a folder for memory.json")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.run:
-        print(json.dumps(RUNS[options.run](options.folder, options.budgets[0], options.steps)))
-        return 0
-    print(machine())
-    if not torch.cuda.is_available():
-        _without_gpu(options.budgets, options.models)
-        return 0
-    with TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        if not (folder / "dev").exists():
-            write(folder, options.models)
-        return int(_measure(folder, options.budgets, options.steps))
+    return parser.parse_args()
 
 
 def _without_gpu(budgets: Sequence[float], models: Sequence[str]) -> None:
+    networks = full_size.source(*models)(Path(), torch.bfloat16).networks
+    sizes = measure.needed_sizes(networks, torch.bfloat16)
     print(f"\n{'budget':>8}  {'plan, by the numbers':32}{'host':>10}{'peak':>18}{'s/image':>18}{'diffusers':>18}")
     for budget in budgets:
         try:
-            choice = plans.choose_plan(_sizes(models), plans.Room(int(budget * GB) - measure.CONTEXT_BYTES, 2**50))
+            choice = plans.choose_plan(sizes, plans.Room(int(budget * GB) - measure.CONTEXT_BYTES, 2**50))
             plan, host = choice.label, plans.readable(choice.host)
         except DeviceMemoryError:
             plan, host = "none", ""
         print(f"{budget:5g} GB  {plan:32}{host:>10}" + f"{'not yet measured':>18}" * 3)
 
 
-def _measure(folder: Path, budgets: Sequence[float], steps: int) -> bool:
-    missed = False
+def _measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    rows, missed = [], False
     print(f"\n{'budget':>8}  {'contender':44}{'load':>9}{'s/image':>9}{'peak':>10}")
-    for budget in budgets:
+    for budget in options.budgets:
         started, seconds = time.perf_counter(), dict[str, float]()
-        for name in RUNS:
+        for name in (OURS,) if options.ours else RUNS:
             with _DriverPeak() as peak:
-                result = _in_process(name, folder, budget, steps, MINUTES * 60 - (time.perf_counter() - started))
+                result = _in_process(name, options, budget, MINUTES * 60 - (time.perf_counter() - started))
+            rows.append({"budget": budget, "contender": name, "peak_bytes": peak.bytes, **result})
             if "error" in result:
                 print(f"{budget:5g} GB  {name:44}{result['error'][:90]}")
-                missed |= name == "ours"
+                missed |= name == OURS
                 continue
             seconds[name] = result["seconds"]
             contender = f"{name}: {result['plan']}"
@@ -98,22 +104,23 @@ def _measure(folder: Path, budgets: Sequence[float], steps: int) -> bool:
                 f"{budget:5g} GB  {contender:44}{result['load']:8.1f}s{result['seconds']:8.2f}s"
                 f"{peak.bytes / GB:7.2f} GB"
             )
-            missed |= name == "ours" and peak.bytes > budget * GB
-        theirs = [value for name, value in seconds.items() if name != "ours"]
-        if theirs and "ours" in seconds:
-            ratio = min(theirs) / seconds["ours"]
+            missed |= name == OURS and peak.bytes > budget * GB
+        theirs = [value for name, value in seconds.items() if name != OURS]
+        if theirs and OURS in seconds:
+            ratio = min(theirs) / seconds[OURS]
             print(f"{'':10}{ratio:.2f} times faster than the faster of diffusers' (target {FASTER})")
-            missed |= ratio < FASTER
-    return missed
+            missed |= ratio < FASTER and not options.small
+    return rows, missed
 
 
-def _in_process(name: str, folder: Path, budget: float, steps: int, limit: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--run", name, "--folder", str(folder)]
-    command += ["--budgets", str(budget), "--steps", str(steps)]
+def _in_process(name: str, options: argparse.Namespace, budget: float, limit: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--run", name, "--models", *options.models]
+    command += ["--budgets", str(budget), "--steps", str(options.steps), *(["--small"] if options.small else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(1, limit), check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {MINUTES} minutes"}
+    print(done.stderr[-4000:], file=sys.stderr)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return {"error": (done.stderr.splitlines() or ["no output"])[-1]}
@@ -121,32 +128,33 @@ def _in_process(name: str, folder: Path, budget: float, steps: int, limit: float
     return result
 
 
-def _ours(folder: Path, budget: float, steps: int) -> dict[str, Any]:
-    from flux_lora.generator import Generator
-    from flux_lora.request import Request
-    from flux_lora.settings import Settings
+def _ours(options: argparse.Namespace) -> dict[str, Any]:
+    budget = options.budgets[0]
+    with TemporaryDirectory() as folder:
+        settings = Settings(
+            weights=Path(folder), device=str(_device()), memory_budget=f"{budget}GB", download=(), memory_plan=None
+        )
+        log = partial(print, file=sys.stderr)
+        started = time.perf_counter()
+        open_weights = full_size.source(*options.models, small=options.small)
+        generator = assemble(settings, log=log, open_weights=open_weights)
+        load = time.perf_counter() - started
 
-    device = _capped(budget)
+        def draw(seed: int, steps: int) -> None:
+            asked = {"prompt": f"picture {seed}", "seed": seed, "num_inference_steps": steps}
+            generator.draw(Request.parse(**asked, disable_safety_checker=True), lambda *_: None)
+
+        draw(0, 2)
+        seconds = call_seconds(lambda: draw(1, options.steps))
+    return {"load": load, "seconds": seconds, "plan": generator.parts.memory.choice.label}
+
+
+def _theirs(options: argparse.Namespace, offload: str) -> dict[str, Any]:
+    device = _capped(options.budgets[0])
     started = time.perf_counter()
-    settings = Settings(weights=folder, device=str(device))
-    generator = Generator(settings, log=lambda line: print(line, file=sys.stderr))
-    load = time.perf_counter() - started
-
-    def draw(seed: int, steps: int) -> None:
-        asked = {"prompt": f"picture {seed}", "seed": seed, "num_inference_steps": steps}
-        generator.draw(Request.parse(**asked, disable_safety_checker=True), lambda *_: None)
-
-    draw(0, 2)
-    return {"load": load, "seconds": _timed(lambda: draw(1, steps)), "plan": generator._memory.choice.label}
-
-
-def _theirs(folder: Path, budget: float, steps: int, offload: str) -> dict[str, Any]:
-    device = _capped(budget)
-    started = time.perf_counter()
-    pipeline = diffusers.FluxPipeline.from_pretrained(folder / "dev", dtype=torch.bfloat16, local_files_only=True)
-    if offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipeline = full_size.pipeline("dev", torch.device("cpu"), dtype, small=options.small)
+    if offload == "group":
         for network in (pipeline.transformer, pipeline.text_encoder_2):
             diffusers.hooks.apply_group_offloading(
                 network,
@@ -158,6 +166,8 @@ def _theirs(folder: Path, budget: float, steps: int, offload: str) -> dict[str, 
             )
         pipeline.text_encoder.to(device)
         pipeline.vae.to(device)
+    elif device.type == "cuda":
+        pipeline.enable_model_cpu_offload(device=device)
     pipeline.set_progress_bar_config(disable=True)
     load = time.perf_counter() - started
 
@@ -166,35 +176,30 @@ def _theirs(folder: Path, budget: float, steps: int, offload: str) -> dict[str, 
         pipeline(f"picture {seed}", height=1024, width=1024, num_inference_steps=steps, generator=noise)
 
     draw(0, 2)
-    return {"load": load, "seconds": _timed(lambda: draw(1, steps)), "plan": f"{offload} offload"}
+    return {"load": load, "seconds": call_seconds(lambda: draw(1, options.steps)), "plan": f"{offload} offload"}
 
 
-RUNS = {
-    "ours": _ours,
-    "diffusers-model": lambda *given: _theirs(*given, offload="model"),
-    "diffusers-group": lambda *given: _theirs(*given, offload="group"),
+RUNS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    OURS: _ours,
+    "diffusers-model": partial(_theirs, offload="model"),
+    "diffusers-group": partial(_theirs, offload="group"),
 }
 
 
+def _device() -> torch.device:
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def _capped(budget: float) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda:0")
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget * GB - measure.CONTEXT_BYTES) / total), device)
+    device = _device()
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (budget * GB - measure.CONTEXT_BYTES) / total), device)
     return device
 
 
-def _timed(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 class _DriverPeak:
-    """The most that the driver reports in use on the first GPU, less what it reported at the start."""
+    """The most that the driver reports in use on the first GPU, less what it reported at the start; 0 without one."""
 
     def __enter__(self) -> "_DriverPeak":
         self._before, self.bytes = _driver_bytes(), 0
@@ -213,85 +218,10 @@ class _DriverPeak:
 
 
 def _driver_bytes() -> int:
+    if not torch.cuda.is_available():
+        return 0
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]  # in MiB
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) * 2**20
-
-
-def _sizes(models: Sequence[str]) -> plans.Sizes:
-    networks = {model: _networks(model) for model in models}
-    return measure.needed_sizes(
-        {
-            model: {
-                name: Network(Part(name, Path(name), type(module)), module, dict(module.named_parameters()), {}, {})
-                for name, module in of_model.items()
-            }
-            for model, of_model in networks.items()
-        },
-        torch.bfloat16,
-    )
-
-
-def _networks(model: str) -> dict[str, nn.Module]:
-    """FLUX.1's networks, without weights."""
-    clip, _ = random_weights._tokenizers()
-    tokens = {"bos_token_id": clip.bos_token_id, "eos_token_id": clip.eos_token_id, "pad_token_id": clip.pad_token_id}
-    with init_empty_weights():
-        networks: dict[str, Any] = {
-            "transformer": diffusers.FluxTransformer2DModel(**TRANSFORMER, guidance_embeds=model == "dev"),
-            "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP, **tokens)),
-            "text_encoder_2": transformers.T5EncoderModel(transformers.T5Config(**T5, feed_forward_proj="gated-gelu")),
-            "vae": diffusers.AutoencoderKL(
-                **VAE,
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-            ),
-        }
-    networks["text_encoder_2"].tie_weights()
-    return {name: network.to(torch.bfloat16) for name, network in networks.items()}
-
-
-def write(folder: Path, models: Sequence[str]) -> None:
-    """Write a weights directory of FLUX.1's size, at the disk's speed: the same random numbers again and again."""
-    random_weights.write(folder)
-    (folder / "lora.safetensors").unlink()
-    for model in ("dev", "schnell"):
-        if model not in models:
-            shutil.rmtree(folder / model)
-            continue
-        for name, network in _networks(model).items():
-            place = folder / model / name
-            if place.is_dir():
-                save_config = getattr(network, "save_config", None) or network.config.save_pretrained
-                save_config(place)
-                stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-                _write_file(place / f"{stem}.safetensors", network)
-
-
-def _write_file(path: Path, network: nn.Module) -> None:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in network.named_parameters():
-        entries[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + parameter.nbytes]}
-        end += parameter.nbytes
-    header = json.dumps(entries).encode()
-    numbers = (torch.randn(2**25) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for piece in _pieces(numbers, end):
-            file.write(piece)
-
-
-def _pieces(numbers: bytes, size: int) -> Iterator[memoryview]:
-    for piece in cycle([memoryview(numbers)]):
-        if size <= 0:
-            return
-        yield piece[:size]
-        size -= len(piece)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ PSNR of the pictures in dB (mean squared error over all of them) and cosine of t
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -18,16 +17,15 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import machine
+from benchmarks.measure import free, machine
 from benchmarks.results import FOLDER
-from flux_lora import generator as story
-from flux_lora.generator import Generator
+from flux_lora.assembly import assemble
+from flux_lora.generator import Step
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from flux_lora.speed.profiles import PROFILES
@@ -79,25 +77,21 @@ def main() -> int:
 def _draw(settings: Settings, seeds: int, steps: int) -> Drawn:
     """Every prompt with every seed by one profile; what it had loaded is let go of afterwards."""
     latents: list[torch.Tensor] = []
-    pixels, metrics = [], {}
-    denoise = story.denoise
+    pixels: list[np.ndarray] = []
+    metrics: dict[str, Any] = {}
 
-    def keeping(*arguments: Any, **options: Any) -> torch.Tensor:
-        latents.append(denoise(*arguments, **options))
-        return latents[-1]
+    def observe(step: Step) -> None:
+        if step.step == step.steps:
+            latents.append(step.latents.float().cpu())
 
-    with mock.patch.object(story, "denoise", keeping), Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        generator = Generator(settings, log=lambda _: None)
-        latents.clear()  # those of the warm-up
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        generator = assemble(settings, log=lambda _: None)
         for request in _requests(seeds, steps):
-            (path,) = generator.draw(request, metrics.__setitem__)
+            (path,) = generator.draw(request, metrics.__setitem__, observe)
             pixels.append(np.asarray(Image.open(path)))
     del generator
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    kept = [each.float().cpu() for each in latents]
-    return Drawn(np.stack(pixels), kept, metrics["reused_steps"], steps, metrics["attention"])
+    free()
+    return Drawn(np.stack(pixels), latents, metrics["reused_steps"], steps, metrics["attention"])
 
 
 def _requests(seeds: int, steps: int) -> Iterator[Request]:

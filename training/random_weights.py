@@ -54,7 +54,7 @@ def write(directory: Path, sizes: Mapping[str, Mapping[str, Any]] = MINI, *, see
     """Write ``dev/`` (complete), ``schnell/`` (transformer and scheduler) and ``lora.safetensors``, in bfloat16."""
     torch.manual_seed(seed)
     dev, schnell = directory / "dev", directory / "schnell"
-    clip_tokenizer, t5_tokenizer = _tokenizers()
+    clip_tokenizer, t5_tokenizer = tokenizers()
     clip = CLIPTextModel(
         CLIPTextConfig(
             **sizes["clip"],
@@ -122,7 +122,7 @@ def _vae(block_out_channels: tuple[int, ...], **sizes: Any) -> AutoencoderKL:
     )
 
 
-def _tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Tokenizers of the real classes that know single characters only."""
     characters = sorted(ByteLevel.alphabet())
     words = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]

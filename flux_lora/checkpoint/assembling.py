@@ -97,7 +97,7 @@ def _network(part: Part, dtype: torch.dtype) -> Network:
     except _errors_of(part.cls) as error:
         raise WeightsError(f"{part.folder / 'config.json'} does not describe a {part.cls.__name__}: {error}") from error
     module = module.eval()
-    parameters = _empty(module, dtype)
+    parameters = empty_parameters(module, dtype)
     names = {id(parameter): name for name, parameter in parameters.items()}
     aliases = {name: names[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
     found = {key.removeprefix(OLDER_CLIP_PREFIX): tensor for file in part.files for key, tensor in stored_tensors(file)}
@@ -116,8 +116,8 @@ def _without_memory(_module: nn.Module, _name: str, parameter: nn.Parameter) -> 
     return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _empty(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Give a module parameters without memory of their own, tied where they were."""
+def empty_parameters(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Give a module parameters of a type that take no memory, tied where they were: those by name."""
     made: dict[int, nn.Parameter] = {}
     for owner in list(module.modules()):
         for name, parameter in list(owner.named_parameters(recurse=False)):

@@ -68,6 +68,14 @@ MALFORMED = {
     "something behind the object": (with_header(b"{} {}", b""), "not JSON in UTF-8"),
     "a comma too many": (with_header(b'{"__metadata__":{},}', b""), "not JSON in UTF-8"),
     "no comma": (with_header(b'{"__metadata__":{} "a":1}', b""), "not JSON in UTF-8"),
+    "too many tensors": (
+        with_header(b"{" + b",".join(b'"%d":1' % i for i in range(100_001)) + b"}"),
+        "more than 100,000",
+    ),
+    "too many texts": (
+        with_header(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(100_001)) + b"}}"),
+        "more than 100,000 entries",
+    ),
     "name twice": (with_header(b'{"a":1,"a":2}'), "names a tensor twice"),
     "name without end": (with_entry("a" * 1_000_000), "more than 512 characters"),
     "entry that is a number": (with_header(b'{"a":1}'), "lacks dtype, shape or data_offsets"),
@@ -129,23 +137,18 @@ HOSTILE = {
     "millions of numbers": (b'{"a":{"shape":[' + b"1," * MILLIONS + b"1]}}", "more than 4,000,000 bytes"),
     "millions of lists": (b'{"a":{"shape":[' + b"[]," * MILLIONS + b"1]}}", "more than 4,000,000 bytes"),
     "millions of objects": (b'{"a":{"b":[' + b"{}," * MILLIONS + b"1]}}", "not JSON"),
-    "too many tensors": (b"{" + b",".join(b'"%d":1' % i for i in range(150_000)) + b"}", "more than 100,000"),
-    "too many texts": (
-        b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(150_000)) + b"}}", "more than 100,000 entries",
-    ),
     "a name of millions of escapes": (b'{"' + b"\\n" * MILLIONS + b'":1}', "more than 512 characters"),
     "a text without end": (b'{"__metadata__":{"a":"' + b"\\n" * MILLIONS, "not JSON"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_take_neither_time_nor_memory(case: str, tmp_path: Path) -> None:
+def test_hostile_headers_become_no_objects_by_the_million(case: str, tmp_path: Path) -> None:
     """Python's own objects, which is where a header of tens of megabytes could become gigabytes."""
     contents, reason = HOSTILE[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_header(contents, b""))
     tracemalloc.start()
-    started = time.process_time()
     try:
         with pytest.raises(TensorFileError, match=reason):
             read_header(path)
@@ -153,7 +156,6 @@ def test_hostile_headers_take_neither_time_nor_memory(case: str, tmp_path: Path)
     finally:
         tracemalloc.stop()
     assert peak < len(contents) + 100 * 2**20
-    assert time.process_time() - started < 20
 
 
 def test_captions_of_a_whole_training_are_passed_over(tmp_path: Path) -> None:

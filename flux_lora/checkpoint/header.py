@@ -84,12 +84,13 @@ def read_header(path: Path) -> Header:
             raise TensorFileError(f"it has only {size} bytes, too few for a safetensors file")
         length = int.from_bytes(prefix, "little")
         text = file.read(length if length <= MAX_HEADER_BYTES else 1)
-    if not text.startswith(b"{") and (text or not length or _other_format(prefix)):
+    if not text.startswith(b"{") and (text or not length or length > MAX_HEADER_BYTES):
         raise TensorFileError(_other_format(prefix) or "it is not a safetensors file: its header is not a JSON object")
+    if length > MAX_HEADER_BYTES:
+        too_large = f"its header has {length:,} bytes, and the format allows {MAX_HEADER_BYTES:,}"
+        raise TensorFileError(too_large if 8 + length <= size else "it is not a safetensors file")
     if 8 + length > size:
         raise TensorFileError(f"it is truncated: the header should have {length} bytes, the file has {size}")
-    if length > MAX_HEADER_BYTES:
-        raise TensorFileError(f"its header has {length:,} bytes, and the format allows {MAX_HEADER_BYTES:,}")
     try:
         tensors, metadata = _parse(text)
     except TensorFileError:

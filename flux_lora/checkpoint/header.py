@@ -23,7 +23,7 @@ MAX_ENTRIES = 100_000
 MAX_ENTRY_BYTES = 4_000_000
 """Of what a header says about one tensor, which in truth takes a hundred."""
 
-MAX_TEXT_BYTES = 1_000_000
+MAX_TEXT_BYTES = 4_000_000
 """Longer texts of the metadata, which are lists of captions, are left out."""
 
 MAX_NAME_LENGTH, MAX_DIMENSIONS = 512, 8
@@ -127,8 +127,9 @@ def _parse(header: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     def entry(name: str, start: int) -> int:
         if name != "__metadata__":
             stop = header.find(b"}", start) + 1 if header[start : start + 1] == b"{" else 0
-            entries[name] = slice(start, stop or _end(_OTHER_VALUE, header, start))
-            return entries[name].stop
+            stop = stop or _end(_OTHER_VALUE, header, start)
+            entries[name] = slice(start, stop)
+            return stop
         if header.startswith(b"null", start):  # as the reference implementation reads it
             return start + 4
         if header[start : start + 1] != b"{":
@@ -148,7 +149,7 @@ def _members(header: bytes, start: int, read: Callable[[str, int], int]) -> int:
         return at + 1
     while True:
         stop = _end(_STRING, header, at)
-        if stop - at > MAX_TEXT_BYTES:
+        if stop - at > MAX_ENTRY_BYTES:
             raise TensorFileError(f"a name in its header has more than {MAX_NAME_LENGTH} characters")
         name = _string(header, at, stop)
         if name in names:

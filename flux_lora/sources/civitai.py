@@ -52,9 +52,9 @@ def _newest(versions: list[dict[str, Any]]) -> dict[str, Any]:
     surely = [version for version in maybe if _base(version).startswith(FLUX)]
     flux = maybe if maybe[:1] == versions[:1] else surely or maybe
     if not flux:
+        named = listing([_named(version) for version in versions])
         raise SourceError(
-            f"on Civitai none of its versions is for FLUX.1, but: {listing([_named(version) for version in versions])}; "
-            "if one is, name it with ?modelVersionId=<id>"
+            f"on Civitai none of its versions is for FLUX.1, but: {named}; if one is, name it with ?modelVersionId=<id>"
         )
     print(f"Civitai: of {len(versions)} versions, {quoted(_named(flux[0]))} is taken", file=sys.stderr)
     return flux[0]

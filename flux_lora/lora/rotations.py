@@ -20,7 +20,7 @@ from flux_lora.lora.deltas import Delta, Dense, Rows, float32, full_float32
 
 Axis = Literal["rows", "columns"]
 Make = Callable[[Tensor], Tensor]
-"""From what a file holds, in float32, to rotations (stages, blocks, b, b)."""
+"""From what a file holds, in float32, to R − I (stages, blocks, b, b), whose digits the identity does not take."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,17 @@ class Rotation:
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
         weight = pristine()
         turned = weight if self.axis == "rows" else weight.T
+        change = torch.zeros_like(turned)
         with full_float32():
             for blocks, order in zip(self.make(float32(self.skew, device)), self.orders, strict=True):
-                turned = _stage(turned, blocks, None if order is None else order.to(device))
-        turned = turned if self.axis == "rows" else turned.T
+                step = _stage(turned, blocks, None if order is None else order.to(device))
+                change += step
+                turned = turned + step
+        change = change if self.axis == "rows" else change.T
         if self.magnitude is not None:
-            turned = turned * float32(self.magnitude, device)
-        return Dense(turned - weight, 1.0)
+            magnitude = float32(self.magnitude, device)
+            change = magnitude * change + (magnitude - 1) * weight
+        return Dense(change, 1.0)
 
 
 def _stage(turned: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
@@ -121,8 +125,7 @@ class PeftOft:
         if self.terms is None:
             return _cayley(skew)[None]
         last = self.terms - 1 if self.last_twice or self.terms < 3 else max(self.terms - 1, 3)
-        power = torch.eye(size, device=skew.device).expand_as(skew)
-        rotations = power.clone()
+        rotations, power = torch.zeros_like(skew), torch.eye(size, device=skew.device).expand_as(skew)
         for exponent in range(1, last + 1):
             power = power @ skew
             rotations.add_(power, alpha=2.0 if self.last_twice or exponent < max(last, 3) else 1.0)
@@ -155,7 +158,6 @@ def peft_order(size: int, block: int, stage: int) -> Tensor:
 
 
 def _cayley(skew: Tensor) -> Tensor:
-    """(I − Q)(I + Q)⁻¹."""
-    identity = torch.eye(skew.shape[-1], device=skew.device)
-    rotations: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
+    """(I − Q)(I + Q)⁻¹ − I, which is −2·Q·(I + Q)⁻¹."""
+    rotations: Tensor = torch.linalg.solve(torch.eye(skew.shape[-1], device=skew.device) + skew, -2 * skew, left=False)
     return rotations

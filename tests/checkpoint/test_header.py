@@ -44,7 +44,10 @@ MALFORMED = {
         bytes([0, 0, 0, 8, 0, 0, 0, 0, 1]),
         "not a safetensors file",
     ),
-    "a header larger than the format allows, cut off": (bytes([0, 0, 0, 8, 0, 0, 0, 0]) + b"{", "not a safetensors file"),
+    "a header larger than the format allows, cut off": (
+        bytes([0, 0, 0, 8, 0, 0, 0, 0]) + b"{",
+        "not a safetensors file",
+    ),
     "zip": (b"PK\x03\x04" + bytes(20), "a zip or PyTorch pickle"),
     "pickle": (b"\x80\x04\x95" + b"a" * 20, "a Python pickle"),
     "page": (b"<!DOCTYPE html>" + bytes(20), "a text file"),

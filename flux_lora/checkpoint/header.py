@@ -7,14 +7,24 @@ of JSON, and the tensors' bytes, without holes.
 import json
 import math
 import os
+import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_HEADER_BYTES = 10_000_000
-"""A tenth of what the reference implementation takes: FLUX.1's own headers, and LoRAs', stay below one megabyte."""
+MAX_HEADER_BYTES = 100_000_000
+"""What the reference implementation takes: sd-scripts writes every caption of a training into a file's metadata."""
+
+MAX_ENTRIES = 100_000
+"""Tensors of a file, and texts in its metadata. FLUX.1 has 780 tensors, adapters of every layer some thousands."""
+
+MAX_ENTRY_BYTES = 4_000_000
+"""Of what a header says about one tensor, which in truth takes a hundred."""
+
+MAX_TEXT_BYTES = 4_000_000
+"""Longer texts of the metadata, which are lists of captions, are left out."""
 
 MAX_NAME_LENGTH, MAX_DIMENSIONS = 512, 8
 """Real names have up to 100 characters, and convolutions of videos 5 dimensions; products of more take for ever."""
@@ -73,28 +83,111 @@ def read_header(path: Path) -> Header:
         if len(prefix) < 8:
             raise TensorFileError(f"it has only {size} bytes, too few for a safetensors file")
         length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER_BYTES:
-            too_large = f"its header is larger than {MAX_HEADER_BYTES:,} bytes, or it is not a safetensors file"
-            raise TensorFileError(_other_format(prefix) or too_large)
-        if 8 + length > size:
-            raise TensorFileError(f"it is truncated: the header should have {length} bytes, the file has {size}")
-        text = file.read(length)
-    if not text.startswith(b"{"):
+        text = file.read(length if length <= MAX_HEADER_BYTES else 1)
+    if not text.startswith(b"{") and (text or not length or length > MAX_HEADER_BYTES):
         raise TensorFileError(_other_format(prefix) or "it is not a safetensors file: its header is not a JSON object")
+    if length > MAX_HEADER_BYTES:
+        too_large = f"its header has {length:,} bytes, and the format allows {MAX_HEADER_BYTES:,}"
+        raise TensorFileError(too_large if 8 + length <= size else "it is not a safetensors file")
+    if 8 + length > size:
+        raise TensorFileError(f"it is truncated: the header should have {length} bytes, the file has {size}")
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        tensors, metadata = _parse(text)
     except TensorFileError:
         raise
     except (ValueError, RecursionError):  # a whole number of thousands of digits is a ValueError too
         raise TensorFileError("its header is not JSON in UTF-8") from None
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise TensorFileError("the metadata in its header is not a map of strings")
-    if not _encodable([*entries, *metadata, *metadata.values()]):
-        raise TensorFileError("its header holds half of a surrogate pair")
-    tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, size - 8 - length)
     return Header(tensors, metadata, 8 + length)
+
+
+_SPACE = re.compile(rb"[ \t\n\r]*+")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_OTHER_VALUE = re.compile(rb"[^,{}]++")
+
+
+def _parse(header: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read a header entry by entry: as a whole, a hostile one could be millions of Python's objects.
+
+    Raises:
+        TensorFileError: it contradicts itself.
+        ValueError: it is not JSON in UTF-8.
+    """
+    entries: dict[str, slice] = {}
+    metadata: dict[str, str] = {}
+
+    def text(name: str, start: int) -> int:
+        if header[start : start + 1] != b'"':
+            raise TensorFileError("the metadata in its header is not a map of strings")
+        stop = _end(_STRING, header, start)
+        if stop - start <= MAX_TEXT_BYTES:
+            metadata[name] = _string(header, start, stop)
+        return stop
+
+    def entry(name: str, start: int) -> int:
+        if name != "__metadata__":
+            stop = header.find(b"}", start) + 1 if header[start : start + 1] == b"{" else 0
+            stop = stop or _end(_OTHER_VALUE, header, start)
+            entries[name] = slice(start, stop)
+            return stop
+        if header.startswith(b"null", start):  # as the reference implementation reads it
+            return start + 4
+        if header[start : start + 1] != b"{":
+            raise TensorFileError("the metadata in its header is not a map of strings")
+        return _members(header, start, text)
+
+    if _SPACE.fullmatch(header, _members(header, 0, entry)) is None:
+        raise ValueError
+    return {name: _tensor_info(name, _entry(name, header[place])) for name, place in entries.items()}, metadata
+
+
+def _members(header: bytes, start: int, read: Callable[[str, int], int]) -> int:
+    """Hand each member of a JSON object to ``read``, which says where its value ends; where the object ends."""
+    names: set[str] = set()
+    at = _past(b"{", header, start)
+    if header[at : at + 1] == b"}":
+        return at + 1
+    while True:
+        stop = _end(_STRING, header, at)
+        if stop - at > MAX_ENTRY_BYTES:
+            raise TensorFileError(f"a name in its header has more than {MAX_NAME_LENGTH} characters")
+        name = _string(header, at, stop)
+        if name in names:
+            raise TensorFileError("its header names a tensor twice")
+        names.add(name)
+        if len(names) > MAX_ENTRIES:
+            raise TensorFileError(f"its header has more than {MAX_ENTRIES:,} entries")
+        at = _end(_SPACE, header, read(name, _past(b":", header, stop)))
+        if header[at : at + 1] == b"}":
+            return at + 1
+        at = _past(b",", header, at)
+
+
+def _past(mark: bytes, header: bytes, at: int) -> int:
+    """Behind a mark and the white space on both sides of it."""
+    at = _end(_SPACE, header, at)
+    if header[at : at + 1] != mark:
+        raise ValueError
+    return _end(_SPACE, header, at + 1)
+
+
+def _end(pattern: re.Pattern[bytes], header: bytes, at: int) -> int:
+    if (match := pattern.match(header, at)) is None:
+        raise ValueError
+    return match.end()
+
+
+def _string(header: bytes, start: int, stop: int) -> str:
+    text = str(json.loads(header[start:stop].decode()))
+    if not _encodable(text):
+        raise TensorFileError("its header holds half of a surrogate pair")
+    return text
+
+
+def _entry(name: str, text: bytes) -> Any:
+    if len(text) > MAX_ENTRY_BYTES:
+        raise TensorFileError(f"the header entry of {shown(name)} has more than {MAX_ENTRY_BYTES:,} bytes")
+    return json.loads(text.decode(), object_pairs_hook=_without_duplicates)
 
 
 def _tensor_info(name: str, entry: Any) -> TensorInfo:
@@ -135,9 +228,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _encodable(texts: list[str]) -> bool:
+def _encodable(text: str) -> bool:
     try:
-        "".join(texts).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

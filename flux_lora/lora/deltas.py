@@ -56,7 +56,7 @@ class LowRank:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
-        return _LowRankDelta(_float32(self.up, device), _float32(self.down, device), self.factor)
+        return _LowRankDelta(float32(self.up, device), float32(self.down, device), self.factor)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Full:
     factor: float = 1.0
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
-        return _DenseDelta(_float32(self.value, device), self.factor)
+        return Dense(float32(self.value, device), self.factor)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Hadamard:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
-        return _DenseDelta(_product(self.w1, device) * _product(self.w2, device), self.factor)
+        return Dense(_product(self.w1, device) * _product(self.w2, device), self.factor)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,18 @@ class Kronecker:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
-        return _DenseDelta(torch.kron(_product(self.w1, device), _product(self.w2, device)), self.factor)
+        return Dense(torch.kron(_product(self.w1, device), _product(self.w2, device)), self.factor)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer stored whole: ΔW = value − W, a matrix (out, in), or a vector for a bias or a norm."""
+
+    target: tuple[Rows, ...]
+    value: Tensor
+
+    def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        return Dense(float32(self.value, device) - pristine(), 1.0)
 
 
 Direction = LowRank | Full | Hadamard | Kronecker
@@ -128,8 +139,8 @@ class Magnitude:
         moved = weight.clone()
         self.direction.delta(device, pristine).add_rows(moved, 0, len(moved), 1.0)
         norm = torch.linalg.vector_norm(moved, dim=1 if self.magnitude.shape[1] == 1 else 0, keepdim=True)
-        ratio = _float32(self.magnitude, device) / (norm + self.epsilon)
-        return _DenseDelta(moved.mul_(ratio).sub_(weight), 1.0)
+        ratio = float32(self.magnitude, device) / (norm + self.epsilon)
+        return Dense(moved.mul_(ratio).sub_(weight), 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,12 +150,14 @@ class _LowRankDelta:
     factor: float
 
     def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
-        with _full_float32():
+        with full_float32():
             out.addmm_(self.up[start:stop], self.down, alpha=scale * self.factor)
 
 
 @dataclass(frozen=True)
-class _DenseDelta:
+class Dense:
+    """ΔW = factor · value."""
+
     value: Tensor
     factor: float
 
@@ -152,17 +165,18 @@ class _DenseDelta:
         out.add_(self.value[start:stop], alpha=scale * self.factor)
 
 
-def _float32(tensor: Tensor, device: torch.device) -> Tensor:
+def float32(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, converted there."""
     return tensor.to(device).to(torch.float32)
 
 
 def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    with _full_float32():
-        return reduce(torch.matmul, (_float32(factor, device) for factor in factors))
+    with full_float32():
+        return reduce(torch.matmul, (float32(factor, device) for factor in factors))
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Keep TF32 and bfloat16 out of float32 products, whatever another library has allowed."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # made late
     allowed = [backend.fp32_precision for backend in backends]

@@ -21,6 +21,9 @@ HUB_PAGE = re.compile(
     rf"(?P<repo>{NAME}/{NAME})(?:/(?:resolve|blob|raw|tree)/(?P<revision>{HUB_REVISION}))?(?:/(?P<file>.+))?"
 )
 HUB_OTHERS = ("datasets", "spaces", "api", "collections", "models", "papers")
+CIVITAI = ("civitai.com", "civitai.red", "civitai.green")
+"""One service with one API: .red has the pages of all models, the others those of what is safe for work."""
+
 AIR = re.compile(
     r"(?:urn:)?air:(?P<ecosystem>\w+):(?P<type>\w+):civitai:(?P<model>[0-9]{1,18})"
     r"(?:@(?P<version>[0-9]{1,18}))?(?:\+(?P<file>[0-9]{1,18}))?(?:\.safetensors?)?"
@@ -205,7 +208,7 @@ def _replicate(owner: str, name: str, version: str | None) -> Link:
 SITES = {
     "huggingface.co": _hub_page,
     "hf.co": _hub_page,
-    "civitai.com": _civitai_page,
+    **dict.fromkeys(CIVITAI, _civitai_page),
     "replicate.com": _replicate_page,
 }
 """Hosts whose pages are understood, and which may be written without https://."""

@@ -1,5 +1,6 @@
 """Civitai, through its public REST API (https://developer.civitai.com/site/reference/model-versions)."""
 
+import sys
 from typing import Any
 
 from flux_lora.errors import SourceError
@@ -10,11 +11,11 @@ from flux_lora.sources.wording import listing, quoted
 
 API = "https://civitai.com/api/v1"
 LORA_TYPES = ("LORA", "LoCon", "DoRA")
-UNCLASSIFIED = ("", "Other")
+FLUX, UNCLASSIFIED = "Flux.1", ("", "Other")
 
 
 def locate(wanted: CivitaiFile, client: Client) -> Resource:
-    """The file of the version, or of the newest version of the model.
+    """The file of the version, or of the model's newest version for FLUX.1.
 
     Raises:
         SourceError: there is none, it is not a LoRA for FLUX.1, or it is not there as one .safetensors file.
@@ -22,11 +23,13 @@ def locate(wanted: CivitaiFile, client: Client) -> Resource:
     try:
         if wanted.version is None:
             model = client.json(f"{API}/models/{wanted.model}")
-            version = model["modelVersions"][0]  # the newest one comes first
+            _check_kind(str(model["type"]))
+            version = _newest(model["modelVersions"])
         else:
             version = client.json(f"{API}/model-versions/{wanted.version}")
-            model = version["model"]
-        _check_kind(str(model["type"]), str(version.get("baseModel") or ""))
+            _check_kind(str(version["model"]["type"]))
+            if not _may_be_flux(version):
+                raise SourceError(f"on Civitai it is a LoRA for {quoted(_base(version))}, not for FLUX.1")
         file = _choose(wanted, version["files"])
         sha256 = file.get("hashes", {}).get("SHA256")
         key = CivitaiFile(version=int(version["id"]), wanted=wanted.wanted).key
@@ -35,11 +38,38 @@ def locate(wanted: CivitaiFile, client: Client) -> Resource:
         raise SourceError("civitai.com does not answer as expected about it") from None
 
 
-def _check_kind(kind: str, base: str) -> None:
+def _check_kind(kind: str) -> None:
     if kind not in LORA_TYPES:
         raise SourceError(f"on Civitai it is a {quoted(kind)}, not a LoRA")
-    if base not in UNCLASSIFIED and not base.startswith("Flux.1"):
-        raise SourceError(f"on Civitai it is a LoRA for {quoted(base)}, not for FLUX.1")
+
+
+def _newest(versions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest version for FLUX.1, of a page that may have versions for several base models; the log names it.
+
+    The newest comes first. Behind one for another model, what nobody classified counts only if nothing else is there.
+    """
+    maybe = [version for version in versions if _may_be_flux(version)]
+    surely = [version for version in maybe if _base(version).startswith(FLUX)]
+    flux = maybe if maybe[:1] == versions[:1] else surely or maybe
+    if not flux:
+        named = listing([_named(version) for version in versions])
+        raise SourceError(
+            f"on Civitai none of its versions is for FLUX.1, but: {named}; if one is, name it with ?modelVersionId=<id>"
+        )
+    print(f"Civitai: of {len(versions)} versions, {quoted(_named(flux[0]))} is taken", file=sys.stderr)
+    return flux[0]
+
+
+def _named(version: dict[str, Any]) -> str:
+    return f"modelVersionId={int(version['id'])}: {' for '.join(filter(None, (version.get('name'), _base(version))))}"
+
+
+def _base(version: dict[str, Any]) -> str:
+    return str(version.get("baseModel") or "")
+
+
+def _may_be_flux(version: dict[str, Any]) -> bool:
+    return _base(version) in UNCLASSIFIED or _base(version).startswith(FLUX)
 
 
 def _choose(wanted: CivitaiFile, files: list[dict[str, Any]]) -> dict[str, Any]:

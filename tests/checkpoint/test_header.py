@@ -2,13 +2,15 @@
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from safetensors.torch import save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
 
 from flux_lora.checkpoint.header import MAX_HEADER_BYTES, TensorFileError, read_header
 
@@ -38,7 +40,14 @@ MALFORMED = {
     "empty": (b"", "only 0 bytes"),
     "header that is not there": (with_header(b"{}", b"")[:9], "it is truncated"),
     "header of zero bytes": (bytes(8), "not a JSON object"),
-    "header over the limit": (bytes([0, 0, 0, 1, 0, 0, 0, 0, 1]), "its header is larger than 10,000,000 bytes"),
+    "header that would be larger than the format allows": (
+        bytes([0, 0, 0, 8, 0, 0, 0, 0, 1]),
+        "not a safetensors file",
+    ),
+    "a header larger than the format allows, cut off": (
+        bytes([0, 0, 0, 8, 0, 0, 0, 0]) + b"{",
+        "not a safetensors file",
+    ),
     "zip": (b"PK\x03\x04" + bytes(20), "a zip or PyTorch pickle"),
     "pickle": (b"\x80\x04\x95" + b"a" * 20, "a Python pickle"),
     "page": (b"<!DOCTYPE html>" + bytes(20), "a text file"),
@@ -56,6 +65,20 @@ MALFORMED = {
     ),
     "metadata that are a list": (with_header(b'{"__metadata__":[]}', b""), "not a map of strings"),
     "metadata that are numbers": (with_header(b'{"__metadata__":{"a":1}}', b""), "not a map of strings"),
+    "metadata named twice": (with_header(b'{"__metadata__":{},"__metadata__":{}}', b""), "names a tensor twice"),
+    "a text of the metadata named twice": (with_header(b'{"__metadata__":{"a":"","a":""}}', b""), "a tensor twice"),
+    "metadata that are a text": (with_header(b'{"__metadata__":"null"}', b""), "not a map of strings"),
+    "something behind the object": (with_header(b"{} {}", b""), "not JSON in UTF-8"),
+    "a comma too many": (with_header(b'{"__metadata__":{},}', b""), "not JSON in UTF-8"),
+    "no comma": (with_header(b'{"__metadata__":{} "a":1}', b""), "not JSON in UTF-8"),
+    "too many tensors": (
+        with_header(b"{" + b",".join(b'"%d":1' % i for i in range(100_001)) + b"}"),
+        "more than 100,000",
+    ),
+    "too many texts": (
+        with_header(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(100_001)) + b"}}"),
+        "more than 100,000 entries",
+    ),
     "name twice": (with_header(b'{"a":1,"a":2}'), "names a tensor twice"),
     "name without end": (with_entry("a" * 1_000_000), "more than 512 characters"),
     "entry that is a number": (with_header(b'{"a":1}'), "lacks dtype, shape or data_offsets"),
@@ -92,10 +115,62 @@ def test_padding_and_eight_dimensions_are_read(tmp_path: Path) -> None:
     assert read_header(path).tensors["a"].shape == (1,) * 8
 
 
-def test_the_limit_itself_is_read(tmp_path: Path) -> None:
+def test_null_for_metadata_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_header(json.dumps({"__metadata__": None, "a": ENTRY}).encode()))
+    assert read_header(path).metadata == {}
+    assert list(load_file(path)) == list(read_header(path).tensors) == ["a"]
+
+
+def test_the_limit_is_that_of_the_format(tmp_path: Path) -> None:
+    """Also of the reference implementation, which is asked too."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_header(b"{}".ljust(MAX_HEADER_BYTES), b""))
-    assert read_header(path).tensors == {}
+    assert read_header(path).tensors == load_file(path) == {}
+    path.write_bytes(with_header(b"{}".ljust(MAX_HEADER_BYTES + 1), b""))
+    with pytest.raises(TensorFileError, match="its header has 100,000,001 bytes, and the format allows 100,000,000"):
+        read_header(path)
+    with pytest.raises(SafetensorError, match="header too large"):
+        load_file(path)
+
+
+MILLIONS = 6_000_000
+HOSTILE = {
+    "a list in a list in a list": (b'{"a":{"shape":' + b"[" * MILLIONS, "not JSON"),
+    "millions of numbers": (b'{"a":{"shape":[' + b"1," * MILLIONS + b"1]}}", "more than 4,000,000 bytes"),
+    "millions of lists": (b'{"a":{"shape":[' + b"[]," * MILLIONS + b"1]}}", "more than 4,000,000 bytes"),
+    "millions of objects": (b'{"a":{"b":[' + b"{}," * MILLIONS + b"1]}}", "not JSON"),
+    "a name of millions of escapes": (b'{"' + b"\\n" * MILLIONS + b'":1}', "more than 512 characters"),
+    "a text without end": (b'{"__metadata__":{"a":"' + b"\\n" * MILLIONS, "not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_become_no_objects_by_the_million(case: str, tmp_path: Path) -> None:
+    """Python's own objects, which is where a header of tens of megabytes could become gigabytes."""
+    contents, reason = HOSTILE[case]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_header(contents, b""))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TensorFileError, match=reason):
+            read_header(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(contents) + 100 * 2**20
+
+
+def test_captions_of_a_whole_training_are_passed_over(tmp_path: Path) -> None:
+    """As sd-scripts writes them: JSON in a text of the metadata."""
+    captions = json.dumps(
+        {"1_style": {f"a picture of “subject” {i}, " + "soft light, " * 20: 1 for i in range(50_000)}}
+    )
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"ss_tag_frequency": captions, "ss_base_model_version": "flux1"})
+    assert path.stat().st_size > 10_000_000
+    assert read_header(path).metadata == {"ss_base_model_version": "flux1"}
+    assert read_header(path).tensors["a"].shape == (1,)
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter("__metadata__".__ne__)

@@ -148,6 +148,11 @@ ACCEPTED = [
     "https://www.civitai.com/models/111?modelVersionId=222",
     "https://civitai.com/api/download/models/222",
     "https://civitai.com/api/download/models/222?type=Model&format=SafeTensor",
+    "https://civitai.red/models/111?modelVersionId=222",
+    "civitai.red/models/111",
+    "civitai.green/models/111/a-style",
+    "https://www.civitai.green/models/111",
+    "https://civitai.red/api/download/models/222",
     "urn:air:flux1:lora:civitai:111@222",
     "urn:air:flux1:lora:civitai:111",
     "air:flux1:lora:civitai:111@222+5.safetensor",
@@ -462,6 +467,54 @@ def test_civitai_base_models_that_may_fit(
 ) -> None:
     serve_civitai(internet, lora, baseModel=base_model)
     assert sources.fetch("civitai.com/models/111", root=None).read_bytes() == lora
+
+
+def page(internet: Internet, *base_models: str, data: bytes = b"") -> None:
+    """A page with one version for each base model, the newest first."""
+    versions = [
+        civitai_version(data, number, baseModel=base, name=f"v{number}")
+        for number, base in zip(range(len(base_models), 0, -1), base_models, strict=True)
+    ]
+    internet.serve(
+        "https://civitai.com/api/v1/models/111", answer_json({"id": 111, "type": "LORA", "modelVersions": versions})
+    )
+    for version in versions:
+        internet.serve(f"https://civitai.com/api/download/models/{version['id']}", data)
+
+
+@pytest.mark.parametrize(
+    ("base_models", "taken"),
+    [
+        (["SDXL 1.0", "Flux.1 D", "SD 1.5", "Flux.1 D"], "modelVersionId=3: v3 for Flux.1 D"),
+        (["Flux.2 D", "Other", "Flux.1 S"], "modelVersionId=1: v1 for Flux.1 S"),
+        (["Flux.2 D", "Other", ""], "modelVersionId=2: v2 for Other"),
+        (["", "Pony"], "modelVersionId=2: v2"),
+        (["Other", "Flux.1 D"], "modelVersionId=2: v2 for Other"),
+    ],
+)
+def test_of_a_civitai_page_for_several_base_models_the_newest_for_flux_1_is_taken(
+    base_models: list[str],
+    taken: str,
+    sources: Sources,
+    internet: Internet,
+    lora: bytes,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page(internet, *base_models, data=lora)
+    assert sources.fetch("civitai.red/models/111", root=None).read_bytes() == lora
+    number = taken.removeprefix("modelVersionId=")[0]
+    assert internet.paths("civitai.com")[-1].endswith(f"/api/download/models/{number}")
+    assert f"Civitai: of {len(base_models)} versions, '{taken}' is taken" in capsys.readouterr().err
+
+
+def test_a_civitai_page_without_a_version_for_flux_1_lists_those_it_has(sources: Sources, internet: Internet) -> None:
+    page(internet, "SDXL 1.0", "Flux.2 D")
+    with pytest.raises(SourceError) as caught:
+        sources.fetch("civitai.com/models/111", root=None)
+    assert (
+        "on Civitai none of its versions is for FLUX.1, but: 'modelVersionId=2: v2 for SDXL 1.0', 'modelVersionId=1: "
+        "v1 for Flux.2 D'; if one is, name it with ?modelVersionId=<id>."
+    ) in str(caught.value)
 
 
 def test_civitai_login_page(make_sources: Callable[..., Sources], internet: Internet, lora: bytes) -> None:

@@ -9,8 +9,7 @@ sd-scripts' own inference they scale what was trained with ``split_qkv`` too wea
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +17,15 @@ from safetensors import SafetensorError
 
 from flux_lora.checkpoint.header import Header, TensorFileError, read_header
 from flux_lora.errors import FormatError
-from flux_lora.lora.deltas import Magnitude, Update
+from flux_lora.lora.deltas import Update
 from flux_lora.lora.formats import foreign
-from flux_lora.lora.formats.algorithms import build
-from flux_lora.lora.formats.contents import LayerParts, account_for, load
+from flux_lora.lora.formats.algorithms import Given, build
+from flux_lora.lora.formats.contents import LayerParts, account_for, load, only_number
+from flux_lora.lora.formats.doubles import without_doubles
 from flux_lora.lora.formats.layouts import BFL, Shapes
 from flux_lora.lora.formats.metadata import Scaling, scaling, trigger_word
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
-from flux_lora.lora.formats.summary import Adapted, family, summarize
+from flux_lora.lora.formats.summary import Adapted, family, summarize, without_effect
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Adapter:
         updates: by component: transformer, text_encoder (CLIP), text_encoder_2 (T5).
         ignored: keys that change nothing, and why.
         summary: one line for the log.
-        nbytes: host memory that the updates hold.
+        nbytes: host memory that the updates hold at most.
     """
 
     digest: str
@@ -71,7 +71,8 @@ def read(path: Path, shapes: Shapes, name: str | None = None) -> Adapter:
     except (FormatError, TensorFileError, SafetensorError, OSError) as error:
         what = foreign.recognise(header, shapes) if header else None
         reason = error.strerror or "it cannot be read" if isinstance(error, OSError) else error
-        raise FormatError(f"{refused}: {f'it looks like {what}; ' if what else ''}{reason}.") from None
+        looks, advice = (f"it looks like {what}; ", foreign.advice(what)) if what else ("", None)
+        raise FormatError(f"{refused}: {looks}{reason}.{f' {advice}.' if advice else ''}") from None
     return adapter
 
 
@@ -93,27 +94,30 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
         raise FormatError(f"its metadata says that it is {what}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    contents = load(path, names)
+    contents, doubled = load(path, names)
     split, told_by = trained_split(_fused(contents), header.metadata)
     scalings = {component: scaling(header.metadata, component) for component in shapes}
     layers = [_adapt(layer, scalings[layer.name.component], layer.name.layer.name in split) for layer in contents]
-    _check_magnitudes(layers)
-    ignored |= {
-        layer.alpha_key: "its update has no rank that alpha could go with"
-        for layer, adapted in zip(contents, layers, strict=True)
-        if layer.alpha_key and adapted.rank is None
+    zero = {key: "zeros" for layer in layers if not layer.updates for key in layer.keys}
+    unread = {
+        parts.alpha.key: "an alpha that its layer does not use"
+        for parts, layer in zip(contents, layers, strict=True)
+        if parts.alpha and not layer.reads_alpha
     }
+    layers, repeated = without_doubles(layers, shapes)
+    ignored |= doubled | unread | zero | repeated
+    layers = [layer for layer in layers if layer.updates] or layers
     sibling, word = foreign.relative(header.metadata), trigger_word(header.metadata)
     notes = (
         sibling and f"trained on {sibling}",
         word and f"trigger word {word!r}",
         told_by,
-        f"{len(ignored)} keys without effect" if ignored else None,
+        without_effect(ignored),
         f"sha256 {digest}",
     )
     return Adapter(
         digest,
-        family(names.values()),
+        family(layer.name for layer in layers),
         {component: _updates(layers, component) for component in shapes},
         ignored,
         summarize(layers, shapes, notes),
@@ -123,33 +127,40 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
 
 def _adapt(layer: LayerParts, scaling: Scaling, split: bool) -> Adapted:
     """Alpha 0 means the rank, as in sd-scripts, LyCORIS and ai-toolkit; so does no alpha at all."""
-    alpha = scaling.alpha_of(layer.name.layer.name) if layer.alpha is None else layer.alpha or None
     ranks_in_one = len(layer.name.layer.weight) if split else 1
+    alphas: list[float | None] = []  # what was used, if anything was
+
+    def stored() -> float | None:
+        return None if layer.alpha is None else only_number(layer.alpha)
 
     def factor(rows: int) -> float:
         rank = rows // ranks_in_one
+        alpha = scaling.alpha_of(layer.name.layer.name) if layer.alpha is None else stored() or None
+        alphas.append(alpha)
         return scaling.factor(rank if alpha is None else alpha, rank)
 
-    built = build(layer.name.layer, layer.parts, factor)
-    return Adapted(layer.name, built.updates, built.algorithm, built.rank and built.rank // ranks_in_one, alpha)
+    built = build(layer.name.layer, layer.parts, Given(factor, stored, scaling.oft))
+    return Adapted(
+        layer.name,
+        layer.keys,
+        built.updates,
+        built.algorithm,
+        built.rank and built.rank // ranks_in_one,
+        alphas[0] if alphas else None,
+        built.reads_alpha,
+    )
 
 
 def _fused(contents: Iterable[LayerParts]) -> list[Fused]:
     return [
-        Fused(layer.name.layer, layer.parts["up"].tensor, layer.alpha)
+        Fused(layer.name.layer, layer.parts["up"].tensor, alpha)
         for layer in contents
-        if layer.alpha and layer.name.layer.layout == BFL and "up" in layer.parts
+        if layer.name.layer.layout == BFL
+        and "up" in layer.parts
+        and layer.alpha
+        and (alpha := only_number(layer.alpha))
     ]
 
 
 def _updates(layers: Iterable[Adapted], component: str) -> tuple[Update, ...]:
     return tuple(update for layer in layers if layer.name.component == component for update in layer.updates)
-
-
-def _check_magnitudes(layers: Sequence[Adapted]) -> None:
-    """DoRA's norm is that of the base weight plus its own direction: nothing else may update the same weight."""
-    updates = [(layer.name, update) for layer in layers for update in layer.updates]
-    users = Counter((name.component, part) for name, update in updates for part in {r.parameter for r in update.target})
-    for name, update in updates:
-        if isinstance(update, Magnitude) and any(users[name.component, r.parameter] > 1 for r in update.target):
-            raise FormatError(f"{name.layer.name} has a DoRA update and another one, which no trainer defines")

@@ -14,8 +14,11 @@ Sizes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor of a file."""
 
 _BY_KEY = {
-    "an IP-Adapter for FLUX.1, which needs an image": r"ip_adapter",
+    "an IP-Adapter for FLUX.1, which needs an image": r"ip_adapter|^(image_proj|ip_proj)\b|\bto_[kv]_ip\b",
+    "PuLID, which needs a picture of a face": r"^pulid_(ca|encoder)",
+    "EasyControl, which needs a control image": r"processor\.([qkv]|proj)_loras\.\d",
     "a ControlNet, which needs a control image": r"controlnet_|^input_hint_block",
+    "a control LoRA, which needs a control image": r"^lora_controlnet$|\.reshape_weight$",
     "FLUX.1 Redux, which needs an image": r"^redux_",
     "a LoRA for SDXL": r"lora_te2_text_model|text_encoder_2\.text_model|lora_unet_(input|output|middle)_blocks?_",
     "a LoRA for Stable Diffusion 3": r"joint_blocks",
@@ -27,16 +30,19 @@ _BY_KEY = {
                                r"double_blocks[._]19[._]",
     "a LoRA for HiDream": r"(double|single)_stream_blocks",
     "a LoRA for Chroma": r"distilled_guidance_layer",
+    "a LoRA in DiffSynth's own names": r"\bblocks\.\d+\.(norm1_[ab]\b|attn\.[ab]_to_|ff_[ab]\b)|"
+                                       r"single_blocks\.\d+\.to_qkv_mlp\b",
     "a LoRA for Wan": r"(?<!transformer_)blocks[._]\d+[._](self_attn[._][qkvo](_img)?\b|cross_attn[._][qkvo]|ffn[._]|"
                       r"attn[12][._]to_)",
     "a LoRA for Z-Image or Lumina": r"(noise|context)_refiner[._]|[._]layers[._]\d+[._](attention|feed_forward)",
     "a LoRA for another transformer (PixArt, Sana, LTX-Video …)": r"transformer_blocks[._]\d+[._]attn[12][._]",
-    "a textual inversion": r"^(clip_[lg]|t5(xxl)?|emb_params|string_to_param|bundle_emb\..*)$",
-    "an OFT adapter": r"\.oft_|^oft_",
+    "a LoRA in nunchaku's own format": r"transformer_blocks\.\d+\.(mlp_(context_)?fc[12]|(qkv|out)_proj(_context)?)\b",
+    "a LoRA of mflux 0.x": r"transformer_blocks\.\d+\..*\.lora_[AB]$",
+    "a textual inversion": r"^(clip_[lg]|t5(xxl)?|emb_params|string_to_param)$",
+    "an OFT adapter of PEFT before 0.16": r"\.oft_r(\.[^.]+)?$",
     "a GLoRA adapter": r"\.[ab][12]\.weight$",
     "an (IA)³ adapter": r"\.on_input$",
     "a VeRA adapter": r"vera_lambda",
-    "an adapter of embeddings": r"lora_embedding_",
     "a whole checkpoint": r"(to_q|qkv|linear1|SelfAttention\.q|conv_in|q_proj)\.weight$",
 }  # fmt: skip
 
@@ -52,6 +58,7 @@ _CROSS_ATTENTION = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048:
 
 _INPUTS = {
     2: "a control LoRA for FLUX.1, which needs a control image",
+    3: "a LoRA for Flex.2, or one that needs a control image",
     6: "a LoRA for FLUX.1 Fill that changes the input layer, which needs an image and a mask",
 }
 """Inputs of the first layer, in multiples of FLUX.1-dev's."""
@@ -85,6 +92,22 @@ _RELATIVES = {"Kontext": r"kontext", "Fill": r"fill", "Krea": r"krea(?![ ._-]?2(
 """Models with FLUX.1-dev's layers and sizes, whose LoRAs are applied."""
 
 
+_ADVICE = {
+    r"needs an? (image|control image|picture)": "Only text is taken here, so use a LoRA that needs no more",
+    r"DiffSynth": "Train or save it with --align_to_opensource_format, which writes names that are taken",
+    r"nunchaku": "Use the LoRA that it was made from: nunchaku packs it for its own quantized model",
+    r"mflux": "Rename its keys so that they end in .lora_A.weight and .lora_B.weight, and ff.linear1 and ff.linear2 in "
+    "them to ff.net.0.proj and ff.net.2",
+    r"textual inversion": "Use the LoRA that was trained beside it, or one without new words",
+    r"OFT adapter of PEFT": "PEFT itself no longer reads it, so train it again",
+    r"GLoRA|\(IA\)³|VeRA": "Merge it with its trainer and extract a LoRA from the result, or train a LoRA, LoKr or OFT",
+    r"whole checkpoint": "Extract a LoRA from it, which ComfyUI and sd-scripts can, or serve it as a weights directory",
+    r"LoRA for (?!FLUX\.1)": "It fits that model only; use its version for FLUX.1, if there is one",
+    r"FLUX\.1 Kontext": "LoRAs for Kontext are taken as far as FLUX.1-dev has the same layers; this one needs Kontext",
+}
+"""What to do about a file that looks like this; the first pattern that fits counts."""
+
+
 def recognise(header: Header, shapes: Shapes) -> str | None:
     """What a file looks like, if not like a LoRA for modules of these shapes."""
     sizes = {key: info.shape for key, info in header.tensors.items()}
@@ -95,7 +118,17 @@ def recognise(header: Header, shapes: Shapes) -> str | None:
         or next(by_key, None)
         or _by_size(sizes)
         or of_another_model(header.metadata)
+        or _of_kontext(header.metadata)
     )
+
+
+def _of_kontext(metadata: Metadata) -> str | None:
+    return "an adapter for FLUX.1 Kontext" if relative(metadata) == "FLUX.1 Kontext" else None
+
+
+def advice(what: str) -> str | None:
+    """What to do about a file that looks like this, in one sentence without its full stop."""
+    return next((sentence for pattern, sentence in _ADVICE.items() if re.search(pattern, what)), None)
 
 
 def of_another_model(metadata: Metadata, components: Collection[str] = ("transformer",)) -> str | None:

@@ -5,7 +5,6 @@ Forest Labs' names (github.com/black-forest-labs/flux, src/flux/model.py) fuse s
 adapters rather than the layers. All sizes and block counts come from the served modules' shapes.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -25,7 +24,7 @@ class Layer:
     Args:
         name: the layer's name in that layout.
         layout: HF, BFL or XLABS.
-        shape: of its weight: (out, in), or (size,) for a norm.
+        shape: of its weight: (out, in), (rows, columns) of a table, or (size,) for a norm.
         weight: where the rows of its weight lie, in the layout's order.
         bias: where those of its bias lie; empty for a layer without one.
     """
@@ -84,16 +83,20 @@ _XLABS_SINGLE = {
     "processor.proj_lora": ("proj_out",),
 }
 
-_EMBEDDING = re.compile(r"(^|\.)(shared|embed_tokens|token_embedding|position_embedding|relative_attention_bias)\.")
-"""Tables of the text encoders, whose adapters are other than those of the matrices of linear layers."""
+# diffusers' fuse_qkv_projections (models/transformers/transformer_flux.py), where SimpleTuner can train.
+_FUSED_DOUBLE = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+_FUSED_SINGLE = {"attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
 
 
 def layers(component: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
-    """Every linear layer and norm of one component, in every layout that has it."""
-    names = [
-        name.removesuffix(".weight") for name in shapes if name.endswith(".weight") and not _EMBEDDING.search(name)
-    ]
+    """Every linear layer, norm and table of one component, in every layout that has it."""
+    names = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     yield from (_layer(name, HF, (name,), shapes) for name in names)
+    if component == "text_encoder_2" and "shared" in names:  # T5's own second name for its table
+        yield _layer("encoder.embed_tokens", HF, ("shared",), shapes)
     if component == "text_encoder":  # transformers before 5 had one level more, and trainers' files still have it
         yield from (_layer(f"text_model.{name}", HF, (name,), shapes) for name in names if "text_model" not in name)
     if component == "transformer":
@@ -105,6 +108,8 @@ def _fused_layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
         (BFL, "", "", _STEM),
         (BFL, "double_blocks.{}.", "transformer_blocks.{}.", _DOUBLE),
         (BFL, "single_blocks.{}.", "single_transformer_blocks.{}.", _SINGLE),
+        (HF, "transformer_blocks.{}.", "transformer_blocks.{}.", _FUSED_DOUBLE),
+        (HF, "single_transformer_blocks.{}.", "single_transformer_blocks.{}.", _FUSED_SINGLE),
         (XLABS, "double_blocks.{}.", "transformer_blocks.{}.", _XLABS_DOUBLE),
         (XLABS, "single_blocks.{}.", "single_transformer_blocks.{}.", _XLABS_SINGLE),
     )

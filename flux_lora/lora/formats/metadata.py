@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from flux_lora.checkpoint.header import shown
 from flux_lora.errors import FormatError
+from flux_lora.lora.rotations import BY_DEFAULT, PeftOft
 
 Metadata = Mapping[str, str]
 
@@ -22,6 +21,12 @@ _MAX_WILDCARDS = 2
 _MAX_PATTERNS, _MAX_PATTERNS_WITH_WILDCARDS = 4096, 64
 """PEFT's patterns are regular expressions; beyond names and a few ``.*`` hostile ones could take for ever to match."""
 
+_MAX_TERMS = 100
+"""Of a series whose fifth is too small to matter."""
+
+_LARGEST = (2 - 2**-23) * 2.0**127
+"""Of float32."""
+
 _COMPONENTS = ("transformer.", "text_encoder.", "text_encoder_2.")
 
 
@@ -30,15 +35,24 @@ class Scaling:
     """How a trainer scales one component's updates: α/r, or α/√r with rsLoRA (https://arxiv.org/abs/2312.03732).
 
     ``alpha`` and ``alphas`` (whether a layer's name matches, with its alpha; the first match counts) stand in where a
-    file has no alpha beside its factors.
+    file has no alpha beside its factors. ``oft`` is how PEFT's OFT makes its rotations.
     """
 
     alpha: float | None = None
     alphas: tuple[tuple[Callable[[str], object], float], ...] = ()
     rank_stabilized: bool = False
+    oft: PeftOft = BY_DEFAULT
 
     def alpha_of(self, layer: str) -> float | None:
-        return next((alpha for matches, alpha in self.alphas if matches(layer)), self.alpha)
+        """The alpha of a layer, if there is one.
+
+        Raises:
+            FormatError: it is not finite in float32.
+        """
+        alpha = next((alpha for matches, alpha in self.alphas if matches(layer)), self.alpha)
+        if alpha is not None and not abs(alpha) <= _LARGEST:
+            raise FormatError("the alpha or alpha pattern in its metadata is not finite in float32")
+        return alpha
 
     def factor(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -51,7 +65,7 @@ def scaling(metadata: Metadata, component: str) -> Scaling:
         FormatError: they cannot be read, or name a method that changes what the factors mean.
     """
     settings = _peft_settings(metadata, component)
-    if (method := settings.get("peft_type", "LORA")) != "LORA":
+    if (method := settings.get("peft_type", "LORA")) not in ("LORA", "OFT", "BOFT"):
         raise FormatError(f"its metadata describes a PEFT adapter of type {shown(method)}, which is not supported")
     if (init := settings.get("init_lora_weights")) not in _UNCHANGED_BASE:
         raise FormatError(
@@ -62,9 +76,22 @@ def scaling(metadata: Metadata, component: str) -> Scaling:
         alphas = {pattern: float(number) for pattern, number in (settings.get("alpha_pattern") or {}).items()}
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise FormatError("the alpha or alpha pattern in its metadata is not a number") from None
-    if not all(abs(number) <= torch.finfo(torch.float32).max for number in (*alphas.values(), alpha or 0.0)):
-        raise FormatError("the alpha or alpha pattern in its metadata is not finite in float32")
-    return Scaling(alpha, _matchers(alphas), bool(settings.get("use_rslora")))
+    oft = _oft(settings) if method == "OFT" else BY_DEFAULT
+    return Scaling(alpha, _matchers(alphas), bool(settings.get("use_rslora")), oft)
+
+
+def _oft(settings: Mapping[str, Any]) -> PeftOft:
+    """PEFT's OFTConfig. Its first versions know the formula alone, and those before 0.18 do not say which they are."""
+    terms, bound = settings.get("num_cayley_neumann_terms", 5), settings.get("eps", 6e-5)
+    if type(terms) is not int or not 1 <= terms <= _MAX_TERMS:
+        raise FormatError(f"its num_cayley_neumann_terms is {shown(terms)} and must be a number from 1 to {_MAX_TERMS}")
+    if type(bound) not in (int, float) or not 0 <= bound < math.inf:
+        raise FormatError(f"its eps is {shown(bound)} and must be a number from 0")
+    return PeftOft(
+        terms if settings.get("use_cayley_neumann") else None,
+        last_twice="peft_version" not in settings,
+        bound=float(bound) if settings.get("coft") else None,
+    )
 
 
 def _matchers(alphas: Mapping[str, float]) -> tuple[tuple[Callable[[str], object], float], ...]:

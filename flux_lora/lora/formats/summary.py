@@ -1,6 +1,7 @@
 """One line that says what was read."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flux_lora.lora.deltas import Update
@@ -9,6 +10,7 @@ from flux_lora.lora.formats.names import Name
 
 _BY_PREFIX = {
     "lora_unet": "kohya sd-scripts",
+    "oft_unet": "kohya sd-scripts",
     "lora_te": "kohya sd-scripts",
     "lora_te1": "kohya sd-scripts",
     "lora_te2": "kohya sd-scripts",
@@ -21,13 +23,15 @@ _COMPONENTS = {"transformer": "transformer", "text_encoder": "CLIP", "text_encod
 
 @dataclass(frozen=True)
 class Adapted:
-    """One layer with its updates, what made them, and the rank and alpha they were trained with, if any."""
+    """One layer with its updates and keys, what made them, and the rank and alpha they were trained with, if any."""
 
     name: Name
+    keys: tuple[str, ...]
     updates: tuple[Update, ...]
     algorithm: str
     rank: int | None
     alpha: float | None
+    reads_alpha: bool
 
 
 def family(names: Iterable[Name]) -> str:
@@ -64,7 +68,18 @@ def summarize(layers: Sequence[Adapted], shapes: Shapes, notes: Iterable[str | N
         present = {name for name, shape in parameters.items() if len(shape) > 1}
         if touched:
             facts.append(f"{len(touched & present)} of {len(present)} {_COMPONENTS[component]} weights")
+    if not any(layer.updates for layer in layers):
+        facts.append("all of it zeros, so that it changes nothing")
     return ", ".join([*facts, *(note for note in notes if note)])
+
+
+def without_effect(ignored: Mapping[str, str]) -> str | None:
+    """How many keys change nothing, for each reason."""
+    reasons = Counter(ignored.values())
+    if len(reasons) == 1:
+        return f"{len(ignored)} keys without effect ({next(iter(reasons))})"
+    counts = "; ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items()))
+    return f"{len(ignored)} keys without effect ({counts})" if ignored else None
 
 
 def _range(numbers: set[int] | set[float]) -> str:

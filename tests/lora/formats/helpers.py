@@ -154,21 +154,27 @@ def merged(state: State, adapter: Adapter, scale: float, dtype: torch.dtype, com
     return {name: parameter.detach().double() for name, parameter in module.named_parameters()}
 
 
-def check(path: Path, base: State, trained: State, component: str = "transformer") -> Adapter:
-    """Merged weights are base + s · (trained - base), within one unit in the last place of the largest term."""
+def check(
+    path: Path, base: State, trained: State, component: str = "transformer", float32_error: float = 0.0
+) -> Adapter:
+    """Merged weights are base + s · (trained - base), within one unit in the last place of the largest term.
+
+    Where ΔW is a sum over many weights, float32 may add an error that is small against them, not against each result.
+    """
     adapter = read(path, {component: shapes(base)})
-    check_component(adapter, base, trained, component)
+    check_component(adapter, base, trained, component, float32_error)
     return adapter
 
 
-def check_component(adapter: Adapter, base: State, trained: State, component: str) -> None:
+def check_component(adapter: Adapter, base: State, trained: State, component: str, float32_error: float = 0.0) -> None:
     for scale in SCALES:
         actual = merged(base, adapter, scale, torch.bfloat16, component)
         for name, weight in base.items():
             change = scale * (trained[name] - weight)
             largest = torch.maximum(weight.abs(), change.abs())
             unit = torch.finfo(torch.bfloat16).eps * torch.exp2(largest.frexp().exponent - 1)
-            assert ((actual[name] - weight - change).abs() <= 1.001 * unit).all(), (name, scale)  # a tie, in float32
+            allowed = 1.001 * unit + float32_error  # a tie, in float32
+            assert ((actual[name] - weight - change).abs() <= allowed).all(), (name, scale)
             assert scale or torch.equal(actual[name], weight)
     exact = merged(base, adapter, 1, torch.float32, component)
     for name, weight in trained.items():

@@ -103,7 +103,7 @@ ROWS: dict[str, tuple[Callable[[str], str], Callable[[int, int], Parts], Sizes]]
 
 def write(path: Path, name_of: Callable[[str], str], parts_of: Callable[[int, int], Parts], sizes: Sizes) -> Path:
     tensors = {
-        f"{name_of(name)}.{part}": torch.zeros(shape, dtype=torch.float8_e5m2)
+        f"{name_of(name)}.{part}": torch.ones(shape, dtype=torch.float8_e5m2)
         for name, size in sizes.items()
         for part, shape in parts_of(*size).items()
     }

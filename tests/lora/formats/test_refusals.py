@@ -86,9 +86,6 @@ def test_a_lora_for_another_model_is_named(model: str, tmp_path: Path) -> None:
         ("a whole checkpoint", "transformer_blocks.0.attn.to_q.weight", (32, 32)),
         ("a whole checkpoint", "double_blocks.0.img_attn.qkv.weight", (96, 32)),
         ("a textual inversion", "clip_l", (1, 768)),
-        ("a textual inversion", "bundle_emb.<subject>.clip_l", (1, 768)),
-        ("an OFT adapter", "transformer.transformer_blocks.0.attn.to_q.oft_R.weight", (4, 4)),
-        ("an OFT adapter", "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0", (4, 4)),
         ("a GLoRA adapter", "lycoris_transformer_blocks_0_attn_to_q.a1.weight", (4, 4)),
         ("an (IA)³ adapter", "lycoris_transformer_blocks_0_attn_to_q.on_input", ()),
     ],
@@ -182,24 +179,6 @@ DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
     "an alpha that is infinite in float32": (
         GOOD | {f"{LAYER}.alpha": torch.tensor(1e308, dtype=torch.float64)},
         "alpha' holds NaN or numbers that are infinite in float32",
-    ),
-    "a LoRA of an embedding": (
-        {
-            "text_encoder.embeddings.token_embedding.lora_A.weight": torch.ones(2, 16),
-            "text_encoder.embeddings.token_embedding.lora_B.weight": torch.ones(99, 2),
-        },
-        "2 of its 2 keys are not known",
-    ),
-    "a LoRA of T5's position bias": (
-        {
-            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.lora_A.weight": torch.ones(
-                2, 2
-            ),
-            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.lora_B.weight": torch.ones(
-                32, 2
-            ),
-        },
-        "2 of its 2 keys are not known",
     ),
     "NaN alpha": (GOOD | {f"{LAYER}.alpha": torch.tensor(torch.nan)}, "alpha' holds NaN"),
     "alpha of two numbers": (

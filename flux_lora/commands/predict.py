@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_lora.commands import drawing_settings
+from flux_lora.commands.terminal import printable
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.files.record import Parameters
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _predict(options)
     except FluxLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         if options.json is not None and not isinstance(error, OutputError):
             _write_json({"status": "failed", "error": str(error)}, options.output)
         return 1
@@ -62,7 +63,7 @@ def _predict(options: argparse.Namespace) -> int:
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
         fine_tune = None
-        if lora := source.lora:
+        for lora in source.loras:
             fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
     metrics: dict[str, Any] = {}
 
@@ -72,8 +73,7 @@ def _predict(options: argparse.Namespace) -> int:
         files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
-        same = written[0].read_bytes() == original
-        print(f"{written[0]}: {'byte for byte' if same else _difference(source, written[0])}", file=sys.stderr)
+        print(f"{written[0]}: {printable(_comparison(original, source, written[0]))}", file=sys.stderr)
     if options.json is None:
         print(*written, sep="\n")
     else:
@@ -214,15 +214,12 @@ def _copied(file: Path, target: Path, mode: Literal["xb", "wb"]) -> bool:
     return True
 
 
-def _difference(then: Parameters, new: Path) -> str:
-    """Say in what a picture that was drawn again differs from what it was drawn from."""
+def _comparison(original: bytes, then: Parameters, new: Path) -> str:
     try:
         now = provenance.read(new)
     except OutputError:
-        return "cannot be compared, since it was drawn with FLUX_EMBED_PARAMETERS=0"
-    changed = [name for name in Parameters.model_fields if getattr(now, name) != getattr(then, name)]
-    reasons = now.environment.differences(then.environment) + [name for name in changed if name != "environment"]
-    return f"not the same: {', '.join(reasons) or 'although all parameters are equal'}"
+        now = None
+    return redraw.comparison(original, then, new.read_bytes(), now)
 
 
 def _write_json(response: Mapping[str, Any], output: Path | None) -> None:

@@ -1,17 +1,27 @@
-"""A picture of ours -> the inputs and the fine-tune that draw it again."""
+"""A picture of ours -> the inputs and the fine-tune that draw it again, and in what the new one differs."""
 
+import io
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import file_digest
 from pathlib import Path
 
-from flux_lora.errors import SourceError
+from PIL import Image
+
+from flux_lora.errors import RequestError, SourceError
 from flux_lora.files.record import Parameters
+from flux_lora.files.signing import unsigned
 from flux_lora.request import SIZES
 
 
 def inputs_of(parameters: Parameters) -> dict[str, object]:
-    """The inputs that ask for one picture with these parameters."""
+    """The inputs that ask for one picture with these parameters.
+
+    Raises:
+        RequestError: no inputs do.
+    """
+    if len(parameters.loras) > 1:
+        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; one can be asked for.")
     size = (parameters.width, parameters.height)
     ratio = next((ratio for ratio, known in SIZES.items() if known == size), None)
     shape = {"aspect_ratio": ratio} if ratio else {"aspect_ratio": "custom", "width": size[0], "height": size[1]}
@@ -19,7 +29,7 @@ def inputs_of(parameters: Parameters) -> dict[str, object]:
         "prompt": parameters.prompt,
         **shape,
         "num_outputs": 1,
-        "lora_scale": parameters.lora.scale if parameters.lora else 0,
+        "lora_scale": parameters.loras[0].scale if parameters.loras else 0,
         "num_inference_steps": parameters.num_inference_steps,
         "model": parameters.model,
         "guidance_scale": parameters.guidance_scale,
@@ -48,3 +58,43 @@ def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
         f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
         "the weights directory, or name it with COG_WEIGHTS."
     )
+
+
+def comparison(original: bytes, then: Parameters, new: bytes, now: Parameters | None) -> str:
+    """Say in what a picture that was drawn again differs from what it was drawn from.
+
+    Args:
+        original: the file that was drawn from.
+        then: its parameters.
+        new: the file that was drawn.
+        now: its parameters; None where they were kept out.
+
+    Returns:
+        Words that follow a file's name and a colon. Signatures differ each time and are not compared.
+    """
+    if new == original:
+        return "byte for byte"
+    if unsigned(new) == unsigned(original):
+        return "byte for byte, but for the signature, which differs each time"
+    if now is None:
+        return "cannot be compared, since it was drawn with FLUX_EMBED_PARAMETERS=0"
+    reasons = now.environment.differences(then.environment) + _changed(now, then)
+    if reasons:
+        return f"not the same: {', '.join(reasons)}"
+    if _pixels(new) == _pixels(original):
+        return "the same pixels; only what the file says of them is written differently"
+    return "not the same, although all parameters are equal"
+
+
+def _changed(now: Parameters, then: Parameters) -> list[str]:
+    """The names of the fields that differ, but for the environment."""
+    names = [name for name in Parameters.model_fields if name not in ("environment", "loras")]
+    changed = [name for name in names if getattr(now, name) != getattr(then, name)]
+    # Records of version 1 know no names of LoRAs.
+    loras = [[(lora.digest, lora.scale) for lora in each.loras] for each in (now, then)]
+    return changed if loras[0] == loras[1] else [*changed, "loras"]
+
+
+def _pixels(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.tobytes()

@@ -23,7 +23,7 @@ from flux_lora.lora.formats import foreign
 from flux_lora.lora.formats.algorithms import build
 from flux_lora.lora.formats.contents import LayerParts, account_for, load
 from flux_lora.lora.formats.layouts import BFL, Shapes
-from flux_lora.lora.formats.metadata import Scaling, scaling, trigger_word
+from flux_lora.lora.formats.metadata import Scaling, own_name, scaling, trigger_word
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
 from flux_lora.lora.formats.summary import Adapted, family, summarize
 
@@ -34,6 +34,8 @@ class Adapter:
 
     Args:
         digest: SHA-256 of the file's bytes, in hexadecimal.
+        data_digest: SHA-256 of the tensors' bytes, all that follows the header; kohya's tools know a file by it.
+        name: what the file calls itself in its metadata; empty when it says nothing.
         family: who writes such files.
         updates: by component: transformer, text_encoder (CLIP), text_encoder_2 (T5).
         ignored: keys that change nothing, and why.
@@ -42,6 +44,8 @@ class Adapter:
     """
 
     digest: str
+    data_digest: str
+    name: str
     family: str
     updates: Mapping[str, tuple[Update, ...]]
     ignored: Mapping[str, str]
@@ -91,8 +95,7 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
         raise FormatError("it holds nothing to apply")
     if what := foreign.of_another_model(header.metadata, {name.component for name in names.values()}):
         raise FormatError(f"its metadata says that it is {what}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest, data_digest = _digests(path, header.data_start)
     contents = load(path, names)
     split, told_by = trained_split(_fused(contents), header.metadata)
     scalings = {component: scaling(header.metadata, component) for component in shapes}
@@ -113,12 +116,25 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
     )
     return Adapter(
         digest,
+        data_digest,
+        own_name(header.metadata),
         family(names.values()),
         {component: _updates(layers, component) for component in shapes},
         ignored,
         summarize(layers, shapes, notes),
         sum(part.tensor.nbytes for layer in contents for part in layer.parts.values()),
     )
+
+
+def _digests(path: Path, data_start: int) -> tuple[str, str]:
+    """SHA-256 of a whole file, and of what begins at ``data_start``, read once."""
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file:
+        whole.update(file.read(data_start))
+        while chunk := file.read(2**20):
+            whole.update(chunk)
+            data.update(chunk)
+    return whole.hexdigest(), data.hexdigest()
 
 
 def _adapt(layer: LayerParts, scaling: Scaling, split: bool) -> Adapted:

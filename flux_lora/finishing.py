@@ -35,9 +35,7 @@ class Drawn:
 class Finisher:
     """Decodes, checks and saves images, one after the other."""
 
-    def __init__(
-        self, beside: Beside, checker: safety.Checker, *, embed: bool, signer: Signer | None = None
-    ) -> None:
+    def __init__(self, beside: Beside, checker: safety.Checker, *, embed: bool, signer: Signer | None = None) -> None:
         """Take the parts.
 
         Args:

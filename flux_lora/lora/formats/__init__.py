@@ -11,6 +11,7 @@ sd-scripts' own inference they scale what was trained with ``split_qkv`` too wea
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from flux_lora.lora.formats.layouts import BFL, Shapes
 from flux_lora.lora.formats.metadata import Scaling, own_name, scaling, trigger_word
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
 from flux_lora.lora.formats.summary import Adapted, family, summarize
+
+_HASHED_AT_ONCE = 2**22
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,14 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
 
 
 def _digests(path: Path, data_start: int) -> tuple[str, str]:
-    """SHA-256 of a whole file, and of what begins at ``data_start``, read once."""
+    """SHA-256 of a whole file, and of what begins at ``data_start``: read once, and hashed side by side."""
     whole, data = hashlib.sha256(), hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb") as file, ThreadPoolExecutor(max_workers=1) as beside:
         whole.update(file.read(data_start))
-        while chunk := file.read(2**20):
-            whole.update(chunk)
+        while chunk := file.read(_HASHED_AT_ONCE):
+            hashing = beside.submit(whole.update, chunk)
             data.update(chunk)
+            hashing.result()
     return whole.hexdigest(), data.hexdigest()
 
 

@@ -23,6 +23,7 @@ from flux_lora.drawing.prompts import PromptEncoder
 from flux_lora.errors import DrawingError
 from flux_lora.files.outputs import Outputs
 from flux_lora.files.record import Environment, Software
+from flux_lora.files.signing import Signer
 from flux_lora.finishing import Finisher
 from flux_lora.generator import Generator, Parts
 from flux_lora.ledger import Log
@@ -65,6 +66,7 @@ def assemble(
         FluxLoraError: set-up is impossible; the message says what is missing, and the command that helps.
     """
     started = time.perf_counter()
+    signer = Signer.from_settings(settings)
     device = devices.find_device(settings.device)
     profile = profiles.find_profile(settings.profile, device)
     dtype = torch.bfloat16 if device.type == "cuda" else getattr(torch, settings.cpu_dtype)
@@ -119,7 +121,7 @@ def assemble(
             adapters=adapters,
             prompts=prompts,
             beside=beside,
-            finisher=Finisher(beside, checker, embed=settings.embed_parameters),
+            finisher=Finisher(beside, checker, embed=settings.embed_parameters, signer=signer),
             outputs=outputs,
             environments=environments,
             schedule=profile.schedule,

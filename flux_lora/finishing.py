@@ -12,6 +12,7 @@ from flux_lora.drawing.image import decode
 from flux_lora.drawing.pipeline import Pipeline
 from flux_lora.files import outputs
 from flux_lora.files.record import Parameters
+from flux_lora.files.signing import Signer
 from flux_lora.ledger import Finished, Stopwatch
 
 
@@ -34,18 +35,20 @@ class Drawn:
 class Finisher:
     """Decodes, checks and saves images, one after the other."""
 
-    def __init__(self, beside: Beside, checker: safety.Checker, *, embed: bool) -> None:
+    def __init__(self, beside: Beside, checker: safety.Checker, *, embed: bool, signer: Signer | None = None) -> None:
         """Take the parts.
 
         Args:
             beside: the thread that images are finished on.
             checker: scores images.
             embed: whether prompt and parameters go into the files.
+            signer: adds content credentials to each file; a picture that it cannot sign is not written.
         """
         self.checker = checker
         self._beside = beside
         self._encoding = Beside("encode")
         self._embed = embed
+        self._signer = signer
 
     def submit(self, pipeline: Pipeline, image: Drawn) -> Future[Finished]:
         """Finish an image beside."""
@@ -55,7 +58,7 @@ class Finisher:
         watch, parameters = Stopwatch(), image.parameters
         with watch.timed("decode"):
             picture = decode(pipeline, image.latents, (parameters.width, parameters.height), image.in_strips)
-        content = self._encoding.submit(outputs.encode, picture, parameters, embed=self._embed)
+        content = self._encoding.submit(outputs.encode, picture, parameters, embed=self._embed, signer=self._signer)
         if image.check:
             with watch.timed("safety"):
                 verdict = safety.judge(self.checker, picture)

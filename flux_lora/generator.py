@@ -248,7 +248,11 @@ class Generator:
 
     def _parameters(self, request: Request, seed: int, adapters: AdapterSet) -> Parameters:
         width, height = request.size
-        loras = [Lora(digest=adapter.digest, scale=scale) for adapter, scale in adapters if scale]
+        loras = [
+            Lora(digest=adapter.digest, scale=scale, name=adapter.name, data_digest=adapter.data_digest)
+            for adapter, scale in adapters
+            if scale
+        ]
         environment = self.parts.environments[request.model]
         return Parameters(
             prompt=request.prompt,
@@ -258,7 +262,7 @@ class Generator:
             model=request.model,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale if self._has_guidance(request.model) else None,
-            lora=loras[0] if loras else None,
+            loras=tuple(loras),
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,
             environment=environment.model_copy(update={"memory": self.parts.memory.choice.label}),

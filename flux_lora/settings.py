@@ -59,6 +59,15 @@ class Settings(BaseSettings):
     embed_parameters: bool = True
     """Write prompt and parameters into the files; the mark that they are AI-generated is always written."""
 
+    c2pa_certificate: Path | None = None
+    """Certificate chain to sign each picture with (C2PA content credentials), a PEM file; unset: none is signed."""
+
+    c2pa_key: Path | None = None
+    """The private key of that certificate, a PEM file."""
+
+    c2pa_timestamp: str | None = Field(default=None, pattern=r"^https?://")
+    """Address of a time-stamp authority (RFC 3161) that is asked for each signature; unset: none is."""
+
     safety_threshold: float | None = Field(default=None, ge=0, le=1)
     """Score from which an image is withheld; unset: the calibrated threshold of the checker in use."""
 

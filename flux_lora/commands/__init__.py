@@ -30,7 +30,7 @@ def operator_settings() -> Settings:
 
 def _absolute(settings: Settings) -> Settings:
     changes: dict[str, object] = {"weights": PROJECT / "weights"}
-    for name in ("weights", "adapter_cache", "cache"):
+    for name in ("weights", "adapter_cache", "cache", "c2pa_certificate", "c2pa_key"):
         if name in settings.model_fields_set:
             changes[name] = getattr(settings, name).absolute()
     if settings.cog_weights and os.path.exists(settings.cog_weights):  # noqa: PTH110 - Path fails on a long data: URI
@@ -71,6 +71,6 @@ def drawing_settings() -> Settings:
 
 def environment_for(settings: Settings) -> dict[str, str]:
     """The environment in which another process reads the paths of these settings."""
-    names = ("weights", "adapter_cache", "cache")
-    environment = {f"FLUX_{name.upper()}": str(getattr(settings, name)) for name in names}
+    names = ("weights", "adapter_cache", "cache", "c2pa_certificate", "c2pa_key")
+    environment = {f"FLUX_{name.upper()}": str(path) for name in names if (path := getattr(settings, name))}
     return environment | ({"COG_WEIGHTS": settings.cog_weights} if settings.cog_weights else {})

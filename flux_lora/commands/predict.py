@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_lora.commands import drawing_settings
+from flux_lora.commands.terminal import printable
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.request import MODELS, Request, documented_inputs
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _predict(options)
     except FluxLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         if options.json is not None and not isinstance(error, OutputError):
             _write_json({"status": "failed", "error": str(error)}, options.output)
         return 1
@@ -61,7 +62,7 @@ def _predict(options: argparse.Namespace) -> int:
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
         fine_tune = None
-        if lora := source.lora:
+        for lora in source.loras:
             fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
     metrics: dict[str, Any] = {}
 
@@ -71,7 +72,7 @@ def _predict(options: argparse.Namespace) -> int:
         files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
-        print(f"{written[0]}: {redraw.compare(written[0], original, source)}", file=sys.stderr)
+        print(f"{written[0]}: {printable(redraw.compare(written[0], original, source))}", file=sys.stderr)
     if options.json is None:
         print(*written, sep="\n")
     else:

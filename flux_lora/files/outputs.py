@@ -15,6 +15,7 @@ from PIL import Image
 from flux_lora.errors import OutputError
 from flux_lora.files import provenance
 from flux_lora.files.record import Parameters
+from flux_lora.files.signing import Signer
 from flux_lora.request import OutputFormat
 
 FULL_CHROMA_QUALITY = 90
@@ -56,13 +57,25 @@ def write(content: bytes, path: Path) -> None:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
 
 
-def encode(image: Image.Image, parameters: Parameters, *, embed: bool) -> bytes:
-    """Encode an RGB image as its parameters ask; equal arguments give equal bytes.
+def encode(
+    image: Image.Image,
+    parameters: Parameters,
+    *,
+    embed: bool,
+    signer: Signer | None = None,
+    source: bytes | None = None,
+) -> bytes:
+    """Encode an RGB image as its parameters ask; but for a signature, equal arguments give equal bytes.
 
     Args:
         image: its size is the file's.
         parameters: give format and quality, and go into the file.
         embed: False leaves all of them out; the mark that the image is AI-generated is always written.
+        signer: adds content credentials.
+        source: the image that this one was made of, as the caller gave it; only a signer looks at it.
+
+    Raises:
+        OutputError: the image cannot be signed.
     """
     record = parameters if embed else None
     quality = parameters.output_quality
@@ -76,7 +89,8 @@ def encode(image: Image.Image, parameters: Parameters, *, embed: bool) -> bytes:
             image.save(file, "JPEG", quality=quality, subsampling=chroma, optimize=True, **options)
         case "png":
             image.save(file, "PNG", **provenance.png_options(record))
-    return file.getvalue()
+    content = file.getvalue()
+    return signer.sign(content, parameters, embed=embed, source=source) if signer else content
 
 
 class Outputs:

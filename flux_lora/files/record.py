@@ -1,10 +1,13 @@
 """Everything that draws an image: the record that goes into its file."""
 
+import json
+import zlib
+from base64 import b64decode, b64encode
 from functools import cache
 from importlib.metadata import version
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import flux_lora
 from flux_lora.errors import OutputError
@@ -13,6 +16,12 @@ from flux_lora.request import Model, OutputFormat
 
 OWN = ("flux_lora", "code")
 """What names flux-lora's own code in the software of a record; all else there are libraries."""
+
+LONG_PROMPT = 4000
+"""Characters up to which a prompt is written as it is, and is shown outside the record too."""
+
+LONGEST_PROMPT = 2**24
+"""Bytes that a deflated prompt may have: a stranger's picture must not fill the memory."""
 
 
 class _Record(BaseModel):
@@ -64,20 +73,35 @@ class Environment(_Record):
 
 
 class Lora(_Record):
-    """A fine-tune and its strength; the digest is the SHA-256 of the file."""
+    """A fine-tune and its strength."""
 
-    digest: str
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the file."""
     scale: float
+    name: str = ""
+    """What the file calls itself in its metadata: never a path or an address, which would tell of the server."""
+    data_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the tensors' bytes, all that follows the safetensors header; None in records of version 1."""
+
+    @property
+    def autov2(self) -> str:
+        """The hash by which Civitai and its extension know a file: ten digits of its SHA-256."""
+        return self.digest[:10]
+
+    @property
+    def autov3(self) -> str | None:
+        """The hash by which kohya's trainer and AUTOMATIC1111's web UI know a LoRA: twelve digits, of its tensors."""
+        return self.data_digest and self.data_digest[:12]
 
 
 class Parameters(_Record):
-    """What drew one image; on one machine the file is a function of this value.
+    """What drew one image; on one machine the file, before it is signed, is a function of this value.
 
     No time, index or count of the batch belongs here, and no aspect ratio: the size says it.
     """
 
-    record: Literal[1] = 1
-    """Version of this layout."""
+    record: Literal[2] = 2
+    """Version of this layout. Version 1 had at most one LoRA, as ``lora``; it is read as version 2."""
     prompt: str
     seed: int
     """Of this image; in a batch that is the request's seed + k."""
@@ -88,15 +112,41 @@ class Parameters(_Record):
     num_inference_steps: int
     guidance_scale: float | None
     """None for schnell, which has no guidance input."""
-    lora: Lora | None
+    loras: tuple[Lora, ...] = ()
+    """All that were applied, by digest and scale: the order in which they were asked for changes no bit."""
     output_format: OutputFormat
     output_quality: int | None
     """None for png, which is lossless."""
     environment: Environment
 
+    @model_validator(mode="before")
+    @classmethod
+    def _layout(cls, data: Any) -> Any:
+        """Read version 1, and a prompt that was deflated."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("record") == 1 and "lora" in data and "loras" not in data:
+            lora = data["lora"]
+            data = {name: value for name, value in data.items() if name != "lora"}
+            data |= {"record": 2, "loras": [] if lora is None else [lora]}
+        if isinstance(prompt := data.get("prompt"), dict):
+            data = data | {"prompt": _inflated(prompt)}
+        return data
+
+    @field_validator("loras")
+    @classmethod
+    def _in_canonical_order(cls, loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        return tuple(sorted(loras, key=lambda lora: (lora.digest, lora.scale)))
+
     def to_json(self) -> str:
-        """Write the record as one line of ASCII."""
-        return self.model_dump_json(ensure_ascii=True)
+        """Write the record as one line of ASCII.
+
+        A long prompt is deflated, so that no escape can make it several times as long: ``{"deflated": base64}``.
+        """
+        fields = self.model_dump(mode="json")
+        if len(self.prompt) > LONG_PROMPT:
+            fields["prompt"] = {"deflated": b64encode(zlib.compress(self.prompt.encode(), 9)).decode()}
+        return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -114,3 +164,16 @@ class Parameters(_Record):
                 "The parameters are damaged, or a newer version of flux-lora wrote them "
                 f"({': '.join(filter(None, (field, first['msg'])))})."
             ) from None
+
+
+def _inflated(prompt: dict[Any, Any]) -> str:
+    if list(prompt) != ["deflated"] or not isinstance(prompt["deflated"], str):
+        raise ValueError("the prompt is not text")
+    inflater = zlib.decompressobj()
+    try:
+        text = inflater.decompress(b64decode(prompt["deflated"], validate=True), LONGEST_PROMPT)
+        if inflater.unconsumed_tail or not inflater.eof:
+            raise ValueError("the prompt is too long or not whole")
+        return text.decode()
+    except zlib.error:
+        raise ValueError("the prompt cannot be inflated") from None

@@ -1,21 +1,28 @@
 """A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
 
+import io
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import file_digest
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
-from flux_lora.errors import OutputError, SourceError
+from flux_lora.errors import OutputError, RequestError, SourceError
 from flux_lora.files import provenance
 from flux_lora.files.record import OWN, Parameters
+from flux_lora.files.signing import unsigned
 from flux_lora.request import SIZES
 
 
 def inputs_of(parameters: Parameters) -> dict[str, object]:
-    """The inputs that ask for one picture with these parameters."""
+    """The inputs that ask for one picture with these parameters.
+
+    Raises:
+        RequestError: no inputs do.
+    """
+    if len(parameters.loras) > 1:
+        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; one can be asked for.")
     size = (parameters.width, parameters.height)
     ratio = next((ratio for ratio, known in SIZES.items() if known == size), None)
     shape = {"aspect_ratio": ratio} if ratio else {"aspect_ratio": "custom", "width": size[0], "height": size[1]}
@@ -23,7 +30,7 @@ def inputs_of(parameters: Parameters) -> dict[str, object]:
         "prompt": parameters.prompt,
         **shape,
         "num_outputs": 1,
-        "lora_scale": parameters.lora.scale if parameters.lora else 0,
+        "lora_scale": parameters.loras[0].scale if parameters.loras else 0,
         "num_inference_steps": parameters.num_inference_steps,
         "model": parameters.model,
         "guidance_scale": parameters.guidance_scale,
@@ -61,18 +68,22 @@ def compare(new: Path, original: bytes, parameters: Parameters) -> str:
         new: the file that was drawn.
         original: the file that it was drawn from.
         parameters: what the original's record says.
+
+    Returns:
+        Words that follow a file's name and a colon. Signatures differ each time and are not compared.
     """
     content = new.read_bytes()
     if content == original:
         return "byte for byte"
+    if unsigned(content) == unsigned(original):
+        return "byte for byte, but for the signature, which differs each time"
     same = _pixels(content) == _pixels(original)
     try:
         now = provenance.read(new)
     except OutputError:
         lacking = "it was drawn with FLUX_EMBED_PARAMETERS=0"
         return f"the same pixels; {lacking}" if same else f"not the same; why cannot be told, since {lacking}"
-    changed = [name for name in Parameters.model_fields if getattr(now, name) != getattr(parameters, name)]
-    reasons = now.environment.differences(parameters.environment) + [name for name in changed if name != "environment"]
+    reasons = now.environment.differences(parameters.environment) + _changed(now, parameters)
     why = ", ".join(reasons)
     if not same:
         return f"not the same: {why or 'although all parameters are equal'}"
@@ -84,5 +95,14 @@ def compare(new: Path, original: bytes, parameters: Parameters) -> str:
 
 
 def _pixels(file: bytes) -> tuple[tuple[int, int], bytes]:
-    with Image.open(BytesIO(file)) as image:
+    with Image.open(io.BytesIO(file)) as image:
         return image.size, image.convert("RGB").tobytes()
+
+
+def _changed(now: Parameters, then: Parameters) -> list[str]:
+    """The names of the fields that differ, but for the environment."""
+    names = [name for name in Parameters.model_fields if name not in ("environment", "loras")]
+    changed = [name for name in names if getattr(now, name) != getattr(then, name)]
+    # Records of version 1 know no names of LoRAs.
+    loras = [[(lora.digest, lora.scale) for lora in each.loras] for each in (now, then)]
+    return changed if loras[0] == loras[1] else [*changed, "loras"]

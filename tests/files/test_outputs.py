@@ -37,7 +37,6 @@ def parameters(output_format: str = "webp", quality: int | None = 80, prompt: st
         model="schnell",
         num_inference_steps=4,
         guidance_scale=None,
-        lora=None,
         output_format=output_format,
         output_quality=quality,
         environment=Environment(base="0", device="cpu", dtype="float32", software=SOFTWARE),

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flux_lora.errors import RequestError
 from flux_lora.files import outputs, provenance, redraw
-from flux_lora.files.record import Environment, Parameters, Software
+from flux_lora.files.record import Environment, Lora, Parameters, Software
+from flux_lora.request import Request
 
 SOFTWARE = Software(
     flux_lora="0.2.0", code="0" * 16, torch="2.13.0", diffusers="0.42.1", transformers="5.23.0", pillow="13.0.0"
@@ -20,7 +22,7 @@ PARAMETERS = Parameters(
     model="dev",
     num_inference_steps=4,
     guidance_scale=3.5,
-    lora=None,
+    loras=(),
     output_format="webp",
     output_quality=80,
     environment=ENVIRONMENT,
@@ -122,3 +124,25 @@ def test_a_record_without_a_digest_differs_by_its_version() -> None:
     phrases = installed.differences(provenance.read(OLD).environment)
     ours = [phrase for phrase in phrases if phrase.startswith(("flux_lora", "code"))]
     assert ours == [f"flux_lora {Software.installed().flux_lora}, not 0.1.0"]
+
+
+LORA = Lora(digest="a1" * 32, scale=0.5)
+
+
+def test_a_lora_that_acts_otherwise_is_named(tmp_path: Path) -> None:
+    one = PARAMETERS.model_copy(update={"loras": (LORA,)})
+    assert compared(tmp_path, (GREEN, one)) == "not the same: loras"
+
+
+@pytest.mark.parametrize("loras", [(), (LORA,)])
+def test_inputs_ask_for_the_same_picture(loras: tuple[Lora, ...]) -> None:
+    parameters = PARAMETERS.model_copy(update={"loras": loras, "width": 256, "height": 320})
+    asked = Request.parse(**redraw.inputs_of(parameters))
+    assert (asked.seed, asked.size, asked.num_outputs) == (PARAMETERS.seed, (256, 320), 1)
+    assert asked.lora_scale == (loras[0].scale if loras else 0)
+
+
+def test_more_loras_than_can_be_asked_for_are_refused() -> None:
+    two = PARAMETERS.model_copy(update={"loras": (LORA, Lora(digest="b2" * 32, scale=1))})
+    with pytest.raises(RequestError, match="2 LoRAs"):
+        redraw.inputs_of(two)

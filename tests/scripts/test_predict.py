@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from flux_lora.commands.predict import main
-from flux_lora.files import own_code, provenance
+from flux_lora.files import own_code, provenance, signing
 from tests.conftest import MINI, ROOT
+from tests.files.certificates import issue
 
 SMALL = [
     *("-i", "aspect_ratio=custom", "-i", "width=256", "-i", "height=320", "-i", "num_inference_steps=1"),
@@ -120,7 +121,54 @@ def test_another_scale_of_a_picture_says_what_differs(capsys: pytest.CaptureFixt
     main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL])
     assert main(["--from", "outputs/0001-seed7.webp", "-i", "lora_scale=0", "-i", "disable_safety_checker=true"]) == 0
     assert "outputs/0002-seed7.webp: not the same: lora" in capsys.readouterr().err
-    assert provenance.read(Path("outputs/0002-seed7.webp")).lora is None
+    assert provenance.read(Path("outputs/0002-seed7.webp")).loras == ()
+
+
+@pytest.mark.parametrize("name", ["version-1.webp", "version-1.jpg"])
+def test_a_picture_of_version_1_is_drawn_again(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    old = ROOT / "tests/files/fixtures" / name
+    assert main(["--from", str(old), "-i", "disable_safety_checker=true"]) == 0
+    (new,) = capsys.readouterr().out.split()
+    then, now = provenance.read(old), provenance.read(Path(new))
+    assert [(lora.digest, lora.scale) for lora in now.loras] == [(lora.digest, lora.scale) for lora in then.loras]
+    same = {"environment": then.environment, "loras": then.loras}
+    assert now.model_copy(update=same) == then
+
+
+def test_what_a_strangers_record_says_reaches_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL, "-i", "lora_scale=0"])
+    ours = provenance.read(Path("outputs/0001-seed7.webp"))
+    environment = ours.environment.model_copy(update={"device": "\x1b[2J\x1b[31mowned", "base": "\u202e"})
+    hostile = ours.model_copy(update={"environment": environment})
+    Image.open("outputs/0001-seed7.webp").save("hostile.webp", **provenance.webp_options(hostile))
+    capsys.readouterr()
+    assert main(["--from", "hostile.webp", "-i", "disable_safety_checker=true"]) == 0
+    shown = capsys.readouterr().err
+    assert "not \\x1b[2J\\x1b[31mowned" in shown
+    assert not {"\x1b", "\u202e"} & set(shown.rpartition("outputs/")[2])
+
+
+def test_a_signed_picture_is_compared_without_its_signature(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, path in issue().write(tmp_path).items():
+        monkeypatch.setenv(name, Path(path).name)
+    assert main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL]) == 0
+    assert main(["--from", "outputs/0001-seed7.webp", "-i", "disable_safety_checker=true"]) == 0
+    assert "byte for byte, but for the signature, which differs each time" in capsys.readouterr().err
+    first, second = (Path(f"outputs/000{n}-seed7.webp").read_bytes() for n in (1, 2))
+    assert first != second
+    assert signing.unsigned(first) == signing.unsigned(second)
+    assert signing.manifest_of(first)["validation_state"] == "Valid"
+
+
+def test_a_key_that_cannot_sign_ends_set_up(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, path in issue(days=(-2, -1)).write(tmp_path).items():
+        monkeypatch.setenv(name, path)
+    assert main(["-i", "prompt=a tomato", *SMALL]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: FLUX_C2PA_CERTIFICATE is valid from")
 
 
 def test_other_base_weights_are_named(

@@ -10,6 +10,7 @@ sd-scripts' own inference they scale what was trained with ``split_qkv`` too wea
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,12 @@ from flux_lora.lora.formats.algorithms import Given, build
 from flux_lora.lora.formats.contents import LayerParts, account_for, load, only_number
 from flux_lora.lora.formats.doubles import without_doubles
 from flux_lora.lora.formats.layouts import BFL, Shapes
-from flux_lora.lora.formats.metadata import Scaling, scaling, trigger_word
+from flux_lora.lora.formats.metadata import Scaling, own_name, scaling, trigger_word
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
 from flux_lora.lora.formats.summary import Adapted, family, summarize, without_effect
+
+_HASHED_AT_ONCE = 2**22
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Adapter:
 
     Args:
         digest: SHA-256 of the file's bytes, in hexadecimal.
+        data_digest: SHA-256 of the tensors' bytes, all that follows the header; kohya's tools know a file by it.
+        name: what the file calls itself in its metadata; empty when it says nothing.
         family: who writes such files.
         updates: by component: transformer, text_encoder (CLIP), text_encoder_2 (T5).
         ignored: keys that change nothing, and why.
@@ -42,6 +48,8 @@ class Adapter:
     """
 
     digest: str
+    data_digest: str
+    name: str
     family: str
     updates: Mapping[str, tuple[Update, ...]]
     ignored: Mapping[str, str]
@@ -92,8 +100,7 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
         raise FormatError("it holds nothing to apply")
     if what := foreign.of_another_model(header.metadata, {name.component for name in names.values()}):
         raise FormatError(f"its metadata says that it is {what}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest, data_digest = _digests(path, header.data_start)
     contents, doubled = load(path, names)
     split, told_by = trained_split(_fused(contents), header.metadata)
     scalings = {component: scaling(header.metadata, component) for component in shapes}
@@ -117,12 +124,26 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
     )
     return Adapter(
         digest,
+        data_digest,
+        own_name(header.metadata),
         family(layer.name for layer in layers),
         {component: _updates(layers, component) for component in shapes},
         ignored,
         summarize(layers, shapes, notes),
         sum(part.tensor.nbytes for layer in contents for part in layer.parts.values()),
     )
+
+
+def _digests(path: Path, data_start: int) -> tuple[str, str]:
+    """SHA-256 of a whole file, and of what begins at ``data_start``: read once, and hashed side by side."""
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file, ThreadPoolExecutor(max_workers=1) as beside:
+        whole.update(file.read(data_start))
+        while chunk := file.read(_HASHED_AT_ONCE):
+            hashing = beside.submit(whole.update, chunk)
+            data.update(chunk)
+            hashing.result()
+    return whole.hexdigest(), data.hexdigest()
 
 
 def _adapt(layer: LayerParts, scaling: Scaling, split: bool) -> Adapted:

@@ -125,6 +125,12 @@ def trigger_word(metadata: Metadata) -> str | None:
     return " ".join(word.split())[:80] or None
 
 
+def own_name(metadata: Metadata) -> str:
+    """What the trainer called the file: its title, or the name it was written under."""
+    name = metadata.get("modelspec.title") or metadata.get("ss_output_name") or ""
+    return " ".join(name.split())[:80]
+
+
 def architecture(metadata: Metadata) -> str:
     """What the metadata says about the base model; empty when it says nothing."""
     return f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}".strip()

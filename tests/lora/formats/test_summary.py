@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_lora.lora.formats import read
+from flux_lora.lora.formats import Adapter, read
 from tests.lora.formats.helpers import shapes, tiny_flux
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
@@ -59,3 +59,31 @@ def test_silence_where_the_metadata_says_nothing(metadata: dict[str, str], tmp_p
     line = summary(tmp_path, metadata)
     assert "trigger" not in line
     assert "trained on" not in line
+
+
+def adapter(path: Path, metadata: dict[str, str]) -> Adapter:
+    summary(path, metadata)
+    return read(path / "x.safetensors", SHAPES)
+
+
+def test_the_tensors_have_a_hash_of_their_own(tmp_path: Path) -> None:
+    """kohya's: all bytes behind the header, so that new metadata make no other LoRA of it."""
+    one = adapter(tmp_path, {"ss_output_name": "one"})
+    content = (tmp_path / "x.safetensors").read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    other = adapter(tmp_path, {"ss_output_name": "another"})
+    assert one.data_digest == other.data_digest == hashlib.sha256(tensors).hexdigest()
+    assert one.digest == hashlib.sha256(content).hexdigest() != other.digest
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({}, ""),
+        ({"ss_output_name": "my_style"}, "my_style"),
+        ({"modelspec.title": " My\nstyle ", "ss_output_name": "my_style"}, "My style"),
+        ({"modelspec.title": "x" * 1000}, "x" * 80),
+    ],
+)
+def test_a_file_is_called_what_it_calls_itself(tmp_path: Path, metadata: dict[str, str], name: str) -> None:
+    assert adapter(tmp_path, metadata).name == name

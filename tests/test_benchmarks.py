@@ -13,7 +13,7 @@ import torch
 from benchmarks import full_size, gpu_check, results
 from benchmarks.contenders import PEERS
 from benchmarks.gpu import OURS
-from flux_lora.checkpoint.components import MODELS
+from flux_lora.request import MODELS
 from tests.conftest import ROOT
 
 

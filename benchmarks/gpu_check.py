@@ -77,7 +77,7 @@ def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: 
     return Part(name, seconds, limit, command, needs)
 
 
-TESTS = ("-m", "pytest", "-q", "-rfE", "--durations=8", "tests/test_cuda.py")
+TESTS = ("-m", "pytest", "-rfE", "--durations=8", "tests/test_cuda.py")
 
 PARTS = (
     Part("card", 25, 60, ("-m", "benchmarks.card", "--results", RESULTS, SMALL)),

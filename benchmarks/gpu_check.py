@@ -41,7 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / ".site"
 
 GPU = ("-m", "benchmarks.gpu")
-RESULTS, SMALL, CACHE, CHOSEN = "{results}", "{small}", "{cache}", "{chosen}"
+RESULTS, SMALL, CACHE = "{results}", "{small}", "{cache}"
+COMPILED, UNCOMPILED = "{compiled tests}", "{other tests}"
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,20 @@ def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: 
     return Part(name, seconds, limit, command, needs)
 
 
+TESTS = ("-m", "pytest", "-rfE", "--durations=8", "tests/test_cuda.py")
+
 PARTS = (
     Part("card", 25, 60, ("-m", "benchmarks.card", "--results", RESULTS, SMALL)),
-    _row("exact", "exact", 125, 200, "dev", "four", "kernels", "switch", images=3),
+    _row("exact", "exact", 130, 210, "dev", "four", "kernels", "switch", images=3),
     _row("balanced", "balanced", 85, 150, "dev", "four", "kernels", "switch", images=3),
     _row("fast", "fast", 45, 100, "dev", images=3),
-    Part("tests", 90, 150, ("-m", "pytest", "-q", "-n", "6", "-rfE", "--durations=8", CHOSEN, "tests/test_cuda.py")),
-    _row("peer2", "peer2", 140, 240, "dev", "kernels", "switch"),
-    _row("peer1", "peer1", 55, 100, "reference", "dev", "switch"),
-    _row("schnell", "exact", 45, 100, "schnell", images=3),
-    _row("peer2-fp8", "peer2-fp8", 150, 240, "dev", "kernels", needs="torchao"),
+    Part("tests", 40, 100, (*TESTS, "-n", "4", "-k", UNCOMPILED)),
+    _row("peer2", "peer2", 130, 240, "dev", "kernels"),
+    _row("schnell", "exact", 40, 100, "schnell", images=3),
+    _row("peer2-fp8", "peer2-fp8", 140, 240, "dev", "kernels", needs="torchao"),
+    _row("peer1", "peer1", 45, 100, "dev"),
     _row("warm", "exact", 40, 90, "first"),
+    Part("compiled", 90, 200, (*TESTS, "-n", "4", "-k", COMPILED)),
     Part(
         "memory",
         50,
@@ -96,11 +100,14 @@ PARTS = (
     Part("kernels", 60, 120, ("-m", "benchmarks.kernels", SMALL), needs="benchmarks.kernels"),
     _row("turns", "exact", 60, 120, "turns"),
     _row("sizes", "exact", 40, 90, "wide", "sizes"),
-    _row("balanced-warm", "balanced", 40, 90, "first"),
-    _row("balanced-schnell", "balanced", 45, 100, "schnell"),
+    _row("warm-balanced", "balanced", 40, 90, "first"),
+    _row("schnell-balanced", "balanced", 45, 100, "schnell"),
+    _row("switch", "peer2", 60, 240, "switch"),
+    _row("reference", "peer1", 40, 100, "reference"),
     _row("peer2-blocks", "peer2-blocks", 100, 200, "dev"),
     _row("peer2-autotune", "peer2-autotune", 300, 400, "dev"),
 )
+"""In the order of their worth."""
 
 DONE, LEFT_OUT = "done", "left out"
 
@@ -216,11 +223,13 @@ class Check:
         return "\n".join([*lines, shown.stdout, shown.stderr[-2000:]])
 
     def _run(self, part: Part, limit: float) -> tuple[str, str]:
+        where = "" if self._small else " and not cpu"
         filled = {
             RESULTS: str(self._out),
             SMALL: "--small" if self._small else "",
             CACHE: str(self._cache),
-            CHOSEN: "" if self._small else "-k=not cpu",  # without a GPU, the same tests on the CPU
+            COMPILED: f"compiled{where}",
+            UNCOMPILED: f"not compiled{where}",
         }
         command = [sys.executable, *(argument for each in part.command if (argument := filled.get(each, each)))]
         print(f"{part.name}: at most {limit:.0f} s", flush=True)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import full_size, gpu_check, results
 from benchmarks.contenders import PEERS
 from benchmarks.gpu import OURS
-from flux_lora.checkpoint.components import MODELS
+from flux_lora.request import MODELS
 from tests.conftest import ROOT
 
 
@@ -120,17 +120,15 @@ def gpu(folder: Path, name: str, *measures: str) -> dict[str, Any]:
     return found
 
 
-def test_a_row_of_ours_and_one_of_a_peer_run_at_a_small_size(tmp_path: Path) -> None:
-    ours, peer = gpu(tmp_path, "eager", "dev", "kernels", "switch"), gpu(tmp_path, "peer1", "dev", "switch")
-    for found in (ours["dev"], peer["dev"]):
-        assert found["computed_steps"] == 28
-        assert 0 < found["step_seconds"] < found["seconds"]
-        assert found["switch"]["scale_seconds"] > 0
-    kernels = ours["dev"]["kernels"]
-    assert kernels["products_ms"] > 0
-    assert kernels["attention_ms"] > 0
-    assert 100 < kernels["launches"] < 2000
-    assert set(ours["dev"]["stages"]) == {"adapter", "text", "denoise", "decode", "safety", "save"}
+def test_a_row_runs_at_a_small_size(tmp_path: Path) -> None:
+    found = gpu(tmp_path, "eager", "dev", "kernels", "switch")["dev"]
+    assert found["computed_steps"] == 28
+    assert 0 < found["step_seconds"] < found["seconds"]
+    assert found["switch"]["scale_seconds"] > 0
+    assert found["kernels"]["products_ms"] > 0
+    assert found["kernels"]["attention_ms"] > 0
+    assert 100 < found["kernels"]["launches"] < 2000
+    assert set(found["stages"]) == {"adapter", "text", "denoise", "decode", "safety", "save"}
 
 
 @pytest.mark.slow
@@ -155,20 +153,20 @@ def check(out: Path, *arguments: str, parts: Sequence[str]) -> "subprocess.Compl
 
 def test_the_check_of_a_gpu_goes_on_where_an_earlier_call_ended(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    done = check(first, "--seconds", "250", parts=["card", "peer1"])
+    row(first, "peer1", 6.6)
+    done = check(first, "--seconds", "250", parts=["card"])
     assert done.returncode == 0, done.stdout
     parts = json.loads((first / "check.json").read_text())
-    assert {name: part["outcome"] for name, part in parts.items()} == {"card": "done", "peer1": "done"}
+    assert {name: part["outcome"] for name, part in parts.items()} == {"card": "done"}
     assert json.loads((first / "card.json").read_text())["plain_tflops"]
     assert "diffusers eager, PEFT adapter" in done.stdout
-    assert len(list(first.iterdir())) <= 8
     # What is done is not done again; what does not end in time is ended, and said to have been.
-    done = check(second, "--resume", str(first), "--seconds", "3", parts=["card", "peer1", "exact"])
+    done = check(second, "--resume", str(first), "--seconds", "3", parts=["card", "exact"])
     assert done.returncode == 1
     parts = json.loads((second / "check.json").read_text())
     assert parts["card"] == json.loads((first / "check.json").read_text())["card"]
     assert parts["exact"]["outcome"] == "ended after 3 s"
-    assert "peer1" in json.loads((second / "gpu-small.json").read_text())["rows"]
+    assert "peer1" in results.read(second, small=False)["rows"]
 
 
 def test_a_part_begins_only_when_there_is_time_for_it_and_something_to_run(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The pristine weight and its contributions, in the order of their adapters' digests, are summed in float32 and rounded
 once to the weight's type, or quantized once. Nothing is ever subtracted: every state is computed from pristine weights,
-so it depends on nothing but the adapters and scales in it.
+so it depends on nothing but the adapters and scales in it, on one device. Where every contribution is low-rank, one
+program of `fused` does it on a GPU.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flux_lora.device import devices
 from flux_lora.device.transfers import Lane
+from flux_lora.lora import fused
 from flux_lora.lora.deltas import Delta, Update
 from flux_lora.lora.formats import Adapter
 from flux_lora.speed.quantization import QuantizedLinear, quantized_layers
@@ -64,6 +66,7 @@ class MergedModule:
         *,
         device: torch.device | None = None,
         base: Base = lambda _: None,
+        programs: bool | None = None,
     ) -> None:
         """Take a module that holds the base weights, or whose quantized layers stand for them.
 
@@ -74,11 +77,13 @@ class MergedModule:
             device: where sums are computed, wherever the weights live: a sum's last bits depend on it. None: where the
                 weights are.
             base: asked for a parameter's base weights before any room is taken to keep them.
+            programs: whether low-rank updates are merged by `fused`; None: where its programs are compiled.
         """
         self._component = component
         self._stored = stored
         self._device = device
         self._base = base
+        self._programs = programs
         # Of what is, or may be, changed, and of all that is quantized.
         self._pristine: dict[str, Tensor | ReadPristine] = {}
         self._held: dict[str, State] = {}  # what is merged into each of those
@@ -175,6 +180,9 @@ class MergedModule:
         for name, items in contributions.items():
             parameter, pristine = self._parameters[name], next(bases)
             device = self._sums_on(name)
+            programs = fused.runs_on(device) if self._programs is None else self._programs
+            if programs and fused.merge(parameter, pristine, items, device):
+                continue
             for item in items:
                 if id(item.update) not in bound:
                     bound[id(item.update)] = self._bind(item.update, device)

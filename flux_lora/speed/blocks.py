@@ -17,9 +17,6 @@ from flux_lora.device.libraries import diffusers
 from flux_lora.speed import kernels
 from flux_lora.speed.quantization import QuantizedLinear
 
-HEADS_FIRST = ("native", "_native_cudnn", "_native_efficient", "_native_flash")
-"""Attention kernels that take (batch, heads, tokens, width), and are fastest when it lies so in memory."""
-
 Rows = list[Tensor]
 """Tokens for a product: themselves, or their eight-bit values and scales."""
 
@@ -134,16 +131,12 @@ def _heads(attn: Any, projected: Sequence[Tensor]) -> list[Tensor]:
 
 def _attend(attn: Any, image: list[Tensor], text: list[Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Attention over text and image, (batch, tokens, heads, width)."""
-    backend = attn.processor._attention_backend
-    heads_first = backend is None or backend in HEADS_FIRST
     norms = [attn.norm_q.weight, attn.norm_k.weight]
     text_norms = [attn.norm_added_q.weight, attn.norm_added_k.weight] if text else []
-    # What is neither joined nor put in another order is taken as it is.
-    kinds = 3 if text or heads_first else 2
-    joint = kernels.rotate(image[:kinds], text[:kinds], norms, text_norms, *rotary, attn.norm_q.eps, heads_first)
-    turned = [x.transpose(1, 2) if heads_first else x for x in joint.unbind(0)]
+    kinds = 3 if text else 2  # values need not be joined where they are already
+    joint = kernels.rotate(image[:kinds], text[:kinds], norms, text_norms, *rotary, attn.norm_q.eps)
     out: Tensor = diffusers.models.attention_dispatch.dispatch_attention_fn(
-        *turned, *image[len(turned) :], backend=backend
+        *joint.unbind(2), *image[kinds:], backend=attn.processor._attention_backend
     )
     return out
 

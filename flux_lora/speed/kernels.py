@@ -13,7 +13,7 @@ Each is a PyTorch operator, which compiled code takes as a whole. On a CUDA devi
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import log2, pi, sqrt
@@ -26,15 +26,48 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 from flux_lora.speed.quantization import FORMATS, quantize_tokens
 
 WARPS = {"join": 8, "modulate": 4, "rotate": 4}
-"""Of 32 threads that compute a row."""
+"""Of 32 threads that compute a row: the fastest on an H100 (`benchmarks/kernels.py`)."""
+
+CAPABILITY = (8, 0)
+"""The first CUDA compute capability with bfloat16 (Ampere)."""
 
 MOST_PARTS = 8
 """A row is computed in at most so many parts; one of another width in one, padded to a power of two."""
 
 FP8 = FORMATS["fp8"].dtype
 
+LIBRARY = torch.library.Library("flux_lora", "DEF")
 
-@torch.library.custom_op("flux_lora::join", mutates_args=())
+
+def _operator(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function a PyTorch operator: without gradients, on every device.
+
+    By the dispatcher's own interface, since the wrapper that `torch.library.custom_op` puts around takes four fifths of
+    a call's time on the host.
+
+    Args:
+        shapes: takes the same arguments and returns tensors of the same sizes and orders, with nothing in them.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=())
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flux_lora::{name}", shapes, lib=LIBRARY)
+        return getattr(torch.ops.flux_lora, name).default
+
+    return register
+
+
+def _join_shapes(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[Tensor]:
+    example = _one_of(attention, mlp)
+    batch, tokens = example.shape[:2]
+    width = attention.shape[2] * attention.shape[3] if attention is not None else 0
+    return _rows(example, batch, tokens, width + (mlp.shape[2] if mlp is not None else 0), quantized)
+
+
+@_operator(_join_shapes)
 def join(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[Tensor]:
     """What a block's last product takes: [attention | GELU(mlp)], or one of the two alone.
 
@@ -76,14 +109,6 @@ def join(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[
     return out
 
 
-@join.register_fake
-def _(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[Tensor]:
-    example = _one_of(attention, mlp)
-    batch, tokens = example.shape[:2]
-    width = attention.shape[2] * attention.shape[3] if attention is not None else 0
-    return _rows(example, batch, tokens, width + (mlp.shape[2] if mlp is not None else 0), quantized)
-
-
 def join_reference(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[Tensor]:
     """`join` in plain PyTorch."""
     parts = [attention.flatten(2).float()] if attention is not None else []
@@ -91,7 +116,22 @@ def join_reference(attention: Tensor | None, mlp: Tensor | None, quantized: bool
     return _rounded(torch.cat(parts, dim=2), _one_of(attention, mlp).dtype, quantized)
 
 
-@torch.library.custom_op("flux_lora::modulate", mutates_args=())
+def _modulate_shapes(
+    tokens: Sequence[Tensor],
+    scale: Sequence[Tensor],  # noqa: ARG001 - the operator's
+    shift: Sequence[Tensor],  # noqa: ARG001
+    out: Sequence[Tensor],
+    gate: Sequence[Tensor],  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    quantized: bool,
+) -> list[Tensor]:
+    text, image = tokens
+    batch, texts, width = text.shape
+    sums = [text.new_empty(batch, texts + image.shape[1], width)] if out else []
+    return sums + _rows(text, batch, texts + image.shape[1], width, quantized)
+
+
+@_operator(_modulate_shapes)
 def modulate(
     tokens: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -151,22 +191,6 @@ def modulate(
     return sums + rows
 
 
-@modulate.register_fake
-def _(
-    tokens: Sequence[Tensor],
-    scale: Sequence[Tensor],  # noqa: ARG001 - the operator's
-    shift: Sequence[Tensor],  # noqa: ARG001
-    out: Sequence[Tensor],
-    gate: Sequence[Tensor],  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    quantized: bool,
-) -> list[Tensor]:
-    text, image = tokens
-    batch, texts, width = text.shape
-    sums = [text.new_empty(batch, texts + image.shape[1], width)] if out else []
-    return sums + _rows(text, batch, texts + image.shape[1], width, quantized)
-
-
 def modulate_reference(
     tokens: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -187,7 +211,21 @@ def modulate_reference(
     return [torch.cat(part, dim=1) for part in (sums,) if part] + _rounded(torch.cat(rows, dim=1), dtype, quantized)
 
 
-@torch.library.custom_op("flux_lora::rotate", mutates_args=())
+def _rotate_shapes(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    image_norms: Sequence[Tensor],  # noqa: ARG001 - the operator's
+    text_norms: Sequence[Tensor],  # noqa: ARG001
+    cosine: Tensor,  # noqa: ARG001
+    sine: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> Tensor:
+    batch, images, heads, width = image[0].shape
+    texts = text[0].shape[1] if text else 0
+    return image[0].new_empty(batch, texts + images, len(image), heads, width)
+
+
+@_operator(_rotate_shapes)
 def rotate(
     image: Sequence[Tensor],
     text: Sequence[Tensor],
@@ -196,7 +234,6 @@ def rotate(
     cosine: Tensor,
     sine: Tensor,
     eps: float,
-    heads_first: bool,
 ) -> Tensor:
     """Query and key of text and image, joined, after RMSNorm over each head and rotary embedding; and value, joined.
 
@@ -208,20 +245,18 @@ def rotate(
         cosine: (texts + images, width), each for the pair of dimensions that it turns.
         sine: likewise.
         eps: of the norms.
-        heads_first: order in memory.
 
     Returns:
-        (query, key and perhaps value; batch, tokens, heads, width), or (…, heads, tokens, width) with heads first.
+        (batch, tokens, query, key and perhaps value, heads, width).
     """
     query = image[0]
     if not launches(query) or query.shape[3] & (query.shape[3] - 1):
-        return rotate_reference(image, text, image_norms, text_norms, cosine, sine, eps, heads_first)
+        return rotate_reference(image, text, image_norms, text_norms, cosine, sine, eps)
     batch, images, heads, width = query.shape
     image = _alike(image)
     text = _alike(text) if text else image
     texts = text[0].shape[1] if text is not image else 0
-    joint = _joint(image, texts, heads_first)
-    *_, token, head = (joint.transpose(2, 3) if heads_first else joint).stride()[:4]
+    joint = query.new_empty(batch, texts + images, len(image), heads, width)
     of_program = min(heads & -heads, 8)
     value = len(image) == 3
     _launch(
@@ -241,29 +276,13 @@ def rotate(
         images,
         *text[0].stride()[:2],
         *image[0].stride()[:2],
-        *joint.stride()[:2],
-        token,
-        head,
+        *joint.stride()[1:3],
         eps,
         HEADS=of_program,
         HEAD=width,
         VALUE=value,
     )
     return joint
-
-
-@rotate.register_fake
-def _(
-    image: Sequence[Tensor],
-    text: Sequence[Tensor],
-    image_norms: Sequence[Tensor],  # noqa: ARG001 - the operator's
-    text_norms: Sequence[Tensor],  # noqa: ARG001
-    cosine: Tensor,  # noqa: ARG001
-    sine: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    heads_first: bool,
-) -> Tensor:
-    return _joint(image, text[0].shape[1] if text else 0, heads_first)
 
 
 def rotate_reference(
@@ -274,7 +293,6 @@ def rotate_reference(
     cosine: Tensor,
     sine: Tensor,
     eps: float,
-    heads_first: bool,
 ) -> Tensor:
     """`rotate` in plain PyTorch."""
     streams = [(text, text_norms), (image, image_norms)] if text else [(image, image_norms)]
@@ -292,8 +310,7 @@ def rotate_reference(
             joined.append((x * cosine[:, None] + turned * sine[:, None]).to(image[0].dtype))
         else:
             joined.append(torch.cat(parts, dim=1))
-    joint = torch.stack(joined)
-    return joint.transpose(2, 3).contiguous() if heads_first else joint
+    return torch.stack(joined, dim=2)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -305,6 +322,13 @@ def gelu(x: Tensor) -> Tensor:
 def launches(x: Tensor) -> bool:
     """Whether kernels run as Triton programs on a tensor: on CUDA, and everywhere by Triton's interpreter."""
     return _has_triton() and (x.is_cuda or _interpreted())
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether they are compiled programs on a device, and so faster than what PyTorch's compiler makes."""
+    if device.type != "cuda" or not _has_triton() or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def part(width: int, most: int = 4096) -> int:
@@ -354,12 +378,6 @@ def _rows(example: Tensor, batch: int, tokens: int, width: int, quantized: bool)
         example.new_empty(batch, tokens, width, dtype=FP8),
         example.new_empty(batch, tokens, 1, dtype=torch.float32),
     ]
-
-
-def _joint(image: Sequence[Tensor], texts: int, heads_first: bool) -> Tensor:
-    batch, images, heads, width = image[0].shape
-    order = (heads, texts + images) if heads_first else (texts + images, heads)
-    return image[0].new_empty(len(image), batch, *order, width)
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype, quantized: bool) -> list[Tensor]:

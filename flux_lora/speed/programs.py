@@ -28,14 +28,15 @@ def _whole(x):
 
 
 @triton.jit
-def _stored(x, dtype: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
+    """Float32 in another type, to the nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         x = _whole(x)
     return x.to(dtype)
 
 
 @triton.jit
-def _eight_bits(x):
+def eight_bits(x):
     """Float32 of at most 448 in E4M3, to the nearest, ties to even; what is no number stays none."""
     if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
@@ -88,9 +89,9 @@ def _write(
     for i in tl.static_range((WIDTH + PART - 1) // PART):
         column = i * PART + tl.arange(0, PART)
         if QUANTIZED:
-            _store(values + start, column, _eight_bits(parts[i] * factor), WIDTH, PART)
+            _store(values + start, column, eight_bits(parts[i] * factor), WIDTH, PART)
         else:
-            _store(values + start, column, _stored(parts[i], values.dtype.element_ty), WIDTH, PART)
+            _store(values + start, column, rounded(parts[i], values.dtype.element_ty), WIDTH, PART)
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def modulate(
         x = _load(source, column, WIDTH, PART)
         if ADDED:
             x += _load(gate, column, WIDTH, PART) * _load(out, column, WIDTH, PART)
-            x = _stored(x, sums.dtype.element_ty)
+            x = rounded(x, sums.dtype.element_ty)
             _store(sums + row * WIDTH, column, x, WIDTH, PART)
             x = x.to(tl.float32)
         parts += (x,)
@@ -253,10 +254,8 @@ def rotate(
     text_token,
     image_batch,
     image_token,
-    joint_kind,
-    joint_batch,
     joint_token,
-    joint_head,
+    joint_kind,
     eps,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
@@ -271,18 +270,18 @@ def rotate(
     token_stride, batch_stride = tl.where(is_text, text_token, image_token), tl.where(is_text, text_batch, image_batch)
     start = batch * batch_stride + place * token_stride
     lane = tl.arange(0, HEAD)
-    source = start + heads[:, None] * HEAD + lane[None, :]
-    target = batch * joint_batch + token * joint_token + heads[:, None] * joint_head + lane[None, :]
+    within = heads[:, None] * HEAD + lane[None, :]
+    source, target = start + within, row * joint_token + within
     cosines = tl.load(cosine + token * HEAD + lane).to(tl.float32)
     sines = tl.load(sine + token * HEAD + lane).to(tl.float32)
     x = tl.load(tl.where(is_text, text_query, query) + source).to(tl.float32)
     weight = tl.load(tl.where(is_text, text_query_norm, query_norm) + lane).to(tl.float32)
     x = _rotated(x, weight, cosines, sines, eps, HEADS, HEAD)
-    tl.store(joint + target, _stored(x, joint.dtype.element_ty))
+    tl.store(joint + target, rounded(x, joint.dtype.element_ty))
     x = tl.load(tl.where(is_text, text_key, key) + source).to(tl.float32)
     weight = tl.load(tl.where(is_text, text_key_norm, key_norm) + lane).to(tl.float32)
     x = _rotated(x, weight, cosines, sines, eps, HEADS, HEAD)
-    tl.store(joint + joint_kind + target, _stored(x, joint.dtype.element_ty))
+    tl.store(joint + joint_kind + target, rounded(x, joint.dtype.element_ty))
     if VALUE:
         x = tl.load(tl.where(is_text, text_value, value) + source)
         tl.store(joint + 2 * joint_kind + target, x)

@@ -74,22 +74,13 @@ def quantize(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("backend", ["native", "flex"], ids=["heads first", "tokens first"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_blocks_compute_what_diffusers_computes(model: Any, fused: bool, backend: str, batch: int) -> None:
+def test_blocks_compute_what_diffusers_computes(model: Any, fused: bool, batch: int) -> None:
     exact = run(copy.deepcopy(model).double(), torch.float64, batch)
     ours = placed(model, torch.float32)
     if fused:
         projections.fuse(ours)
-    if backend != "native":
-        blocks_first = blocks.HEADS_FIRST
-        try:
-            blocks.HEADS_FIRST = ()
-            assert distance(run(ours, torch.float32, batch), exact) < 2e-6
-        finally:
-            blocks.HEADS_FIRST = blocks_first
-    else:
-        assert distance(run(ours, torch.float32, batch), exact) < 2e-6
+    assert distance(run(ours, torch.float32, batch), exact) < 2e-6
 
 
 def test_bfloat16_is_rounded_less_often_than_in_diffusers(model: Any) -> None:

@@ -77,12 +77,11 @@ def test_tokens_are_normalized_and_modulated(dtype: torch.dtype, quantized: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("texts", [0, 1, 3])
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize(("heads", "width"), [(24, 128), (3, 64), (1, 2), (6, 4), (2, 6)])
 def test_query_and_key_are_normalized_and_rotated(
-    dtype: torch.dtype, heads_first: bool, texts: int, value: bool, heads: int, width: int
+    dtype: torch.dtype, texts: int, value: bool, heads: int, width: int
 ) -> None:
     torch.manual_seed(heads)
     kinds = 3 if value else 2
@@ -96,7 +95,6 @@ def test_query_and_key_are_normalized_and_rotated(
     cosine, sine = noise(texts + 4, width), noise(texts + 4, width)
     arguments = (
         projected(4), projected(texts) if texts else [], norms[0], norms[1] if texts else [], cosine, sine, 1e-6,
-        heads_first,
     )  # fmt: skip
     all_close([kernels.rotate(*arguments)], [kernels.rotate_reference(*arguments)])
 
@@ -167,7 +165,7 @@ def test_operators_keep_pytorchs_rules() -> None:
         for out, gate in (([], []), (tokens, vectors)):
             arguments = (tokens, vectors, vectors, out, gate, 1e-6, quantized)
             torch.library.opcheck(kernels.modulate, arguments, test_utils=tests)
-        arguments = (parts, parts, norms, norms, noise(6, 8), noise(6, 8), 1e-6, quantized)
+        arguments = (parts, parts, norms, norms, noise(6, 8), noise(6, 8), 1e-6)
         torch.library.opcheck(kernels.rotate, arguments, test_utils=tests)
 
 

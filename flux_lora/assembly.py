@@ -27,6 +27,7 @@ from flux_lora.files.signing import Signer
 from flux_lora.finishing import Finisher
 from flux_lora.generator import Generator, Parts
 from flux_lora.ledger import Log
+from flux_lora.lora import fused
 from flux_lora.lora.library import AdapterLibrary
 from flux_lora.lora.merge import MergedModule
 from flux_lora.memory import placement
@@ -35,7 +36,7 @@ from flux_lora.memory.plans import Room
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
-from flux_lora.speed import attention, compilation, profiles, projections
+from flux_lora.speed import attention, blocks, compilation, kernels, profiles, projections
 from flux_lora.speed.profiles import Profile
 
 WARM_UP_SIZE = SIZES["16:9"]
@@ -52,6 +53,7 @@ def assemble(
     *,
     open_weights: Open = open_directory,
     room: Room | None = None,
+    fused_blocks: bool | None = None,
 ) -> Generator:
     """Load the weights directory, apply the fine-tune, and make everything ready to draw.
 
@@ -61,6 +63,8 @@ def assemble(
         log: receives one readable line at a time.
         open_weights: where base weights come from; by default the files of the weights directory.
         room: the memory that the models may take; None: what is measured.
+        fused_blocks: whether compiled blocks are computed by the fused kernels; None: where a device has programs for
+            them.
 
     Raises:
         FluxLoraError: set-up is impossible; the message says what is missing, and the command that helps.
@@ -78,8 +82,12 @@ def assemble(
         log(note)
     memory = placement.place(checkpoints, settings, device, dtype, log, profile.scheme, room)
     pipelines = checkpoints.pipelines
-    transformers = {model: merged_module(memory, model, device) for model in pipelines}
-    encoders = {name: merged_module(memory, name, device) for name in ENCODERS}
+    # Programs take a compiler, which `eager` does without.
+    programs = profile.compiled and fused.runs_on(device)
+    if programs:
+        compilation.warm_up(profile.name, lambda: fused.warm_up(device, dtype, profile.scheme))
+    transformers = {model: merged_module(memory, model, device, programs=programs) for model in pipelines}
+    encoders = {name: merged_module(memory, name, device, programs=programs) for name in ENCODERS}
 
     prompts = PromptEncoder(settings.prompt_cache)
     checker = safety.load_checker(settings.weights, device, settings.safety_threshold)
@@ -95,7 +103,13 @@ def assemble(
             network.bring(wanted)
 
     memory.with_fallback(merge_fine_tune)
-    kernels = _choose_kernels(profile, pipelines, memory, device, settings.cache, log)
+    chosen = _choose_kernels(profile, pipelines, memory, device, settings.cache, log)
+    if fused_blocks is None:
+        fused_blocks = kernels.runs_on(device)
+    if fused_blocks and profile.compiled and not memory.streams_transformers:
+        for pipeline in pipelines.values():
+            blocks.place(pipeline.transformer)
+        chosen += ", fused blocks"
     if profile.compiled:
         memory.with_fallback(lambda: _compile(profile, pipelines, memory, prompts, device, dtype, settings.cache, log))
     environments = {
@@ -104,13 +118,13 @@ def assemble(
             device=devices.describe(device),
             dtype=str(dtype).removeprefix("torch."),
             profile=profile.name,
-            attention=kernels,
+            attention=chosen,
             software=Software.installed(),
         )
         for model, fingerprint in checkpoints.fingerprints.items()
     }
     described = f"{' and '.join(pipelines)} on {device} in {str(dtype).removeprefix('torch.')}"
-    log(f"ready in {time.perf_counter() - started:.1f} s: {described}, profile {profile.name}, attention {kernels}")
+    log(f"ready in {time.perf_counter() - started:.1f} s: {described}, profile {profile.name}, attention {chosen}")
     return Generator(
         Parts(
             device=device,
@@ -130,17 +144,20 @@ def assemble(
     )
 
 
-def merged_module(memory: Placement, key: str, device: torch.device) -> MergedModule:
+def merged_module(memory: Placement, key: str, device: torch.device, *, programs: bool | None = None) -> MergedModule:
     """Connect what merges adapters into a network with what places its weights; once for each network.
 
     Args:
         memory: places the weights.
         key: a model for its transformer, else the component's name.
         device: where sums are computed, wherever the weights live.
+        programs: whether low-rank updates are merged by programs; None: where the device has them.
     """
     placed = memory.placed(key)
     network = placed.network
-    merged = MergedModule(placed.component, network.module, network.readers, device=device, base=placed.base)
+    merged = MergedModule(
+        placed.component, network.module, network.readers, device=device, base=placed.base, programs=programs
+    )
     placed.when_unloaded.append(merged.forget)
     return merged
 

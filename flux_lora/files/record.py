@@ -57,7 +57,7 @@ class Environment(_Record):
     profile: str = "eager"
     """Of speed; files from before there were any were drawn by this one."""
     attention: str = "native"
-    """The attention kernel, by diffusers' name."""
+    """The attention kernel, by diffusers' name; and what is fused: ``native, fused qkv, fused blocks``."""
     memory: str = "resident"
     """The memory plan; files from before there were plans lack it."""
     software: Software

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 from threading import Thread
 from typing import Any
 
@@ -89,7 +90,8 @@ def warm_up(profile: str, work: Callable[[], object]) -> None:
     thread.start()
     thread.join()
     for failure in failures:
-        if not isinstance(failure, torch._dynamo.exc.TorchDynamoException):
+        by_triton = isinstance(failure, CalledProcessError) or "C compiler" in str(failure)
+        if not by_triton and not isinstance(failure, torch._dynamo.exc.TorchDynamoException):
             raise failure
         reason = next(filter(None, str(failure).splitlines()), type(failure).__name__)
         raise SettingsError(

@@ -23,7 +23,7 @@ CONFIG = {
     "pooled_projection_dim": 16,
     "axes_dims_rope": (8, 12, 12),
 }
-TEXTS, IMAGES = 5, 12
+TEXTS, IMAGES = 2, 4
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def model() -> FluxTransformer2DModel:
 def inputs(dtype: torch.dtype, batch: int = 1) -> dict[str, Any]:
     torch.manual_seed(1)
     ids = torch.zeros(IMAGES, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(IMAGES) // 4, torch.arange(IMAGES) % 4
+    ids[:, 1], ids[:, 2] = torch.arange(IMAGES) // 2, torch.arange(IMAGES) % 2
     return {
         "hidden_states": torch.randn(batch, IMAGES, CONFIG["in_channels"]).to(dtype),
         "encoder_hidden_states": torch.randn(batch, TEXTS, CONFIG["joint_attention_dim"]).to(dtype),
@@ -73,8 +73,7 @@ def quantize(model: nn.Module) -> None:
         layer.write_rows(0, len(weights[name]), weights[name])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("fused", "batch"), [(False, 2), (True, 1)])
 def test_blocks_compute_what_diffusers_computes(model: Any, fused: bool, batch: int) -> None:
     exact = run(copy.deepcopy(model).double(), torch.float64, batch)
     ours = placed(model, torch.float32)
@@ -117,14 +116,26 @@ def test_a_layer_that_is_not_quantized_gets_tokens_that_are_not(model: Any) -> N
     assert distance(run(ours, torch.float32), run(theirs, torch.float32).double()) < 1e-3
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8"])
-def test_blocks_are_compiled_as_a_whole_and_once_for_each_class(model: Any, scheme: Any) -> None:
+TRACED, COMPILED = {"backend": "eager"}, {"options": compilation.OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "compiler"),
+    [
+        pytest.param("fp8", TRACED, id="traced"),
+        pytest.param("fp8", COMPILED, id="fp8", marks=pytest.mark.slow),
+        pytest.param(None, COMPILED, id="bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_are_compiled_as_a_whole_and_once_for_each_class(
+    model: Any, scheme: Any, compiler: dict[str, Any]
+) -> None:
     ours = placed(model, torch.bfloat16)
     if scheme:
         quantize(ours)
     expected = run(ours, torch.bfloat16)
     before = compilation.graphs()
-    ours.compile_repeated_blocks(fullgraph=True, dynamic=True, options=compilation.OPTIONS)
+    ours.compile_repeated_blocks(fullgraph=True, dynamic=True, **compiler)
     compiled = run(ours, torch.bfloat16)
     assert distance(compiled, expected.double()) < 0.02
     assert compilation.graphs() - before == len(blocks.CLASSES)

@@ -79,6 +79,14 @@ def test_code_that_cannot_be_compiled_is_a_setting_that_is_named() -> None:
         compilation.warm_up("exact", work)
 
 
+def test_so_is_a_machine_on_which_triton_finds_no_compiler() -> None:
+    def work() -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    with pytest.raises(SettingsError, match="FLUX_PROFILE=exact cannot be compiled here: Failed to find C compiler"):
+        compilation.warm_up("exact", work)
+
+
 def test_other_failures_of_the_warm_up_stay_what_they_are() -> None:
     def work() -> Any:
         raise DrawingError("not finite")

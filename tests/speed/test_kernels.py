@@ -1,6 +1,9 @@
 """The fused kernels against plain PyTorch and float64: on a GPU, or by Triton's interpreter."""
 
+import itertools
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,18 @@ pytest.importorskip("triton", reason="Triton is there for Linux only")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+DTYPES = [torch.bfloat16, torch.float32]
+
 WIDTHS = [1, 3, 16, 37, 48, 192, 1000, 3072]
 """Odd ones, those of the miniature, and FLUX.1's."""
+
+
+def cases(every: int, *axes: Iterable[Any]) -> list[Any]:
+    """All combinations, but only each ``every``-th, prime to the axes' lengths, in a quick run: each value occurs."""
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] if index % every else [])
+        for index, case in enumerate(itertools.product(*axes))
+    ]
 
 
 def noise(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,40 +62,40 @@ def all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         close(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize(("heads", "width", "features"), [(24, 128, 12288), (3, 64, 768), (1, 1, 5), (5, 7, 37)])
-def test_attention_and_gelu_are_joined(
-    dtype: torch.dtype, quantized: bool, heads: int, width: int, features: int
-) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "sizes"),
+    cases(3, DTYPES, [False, True], [(24, 128, 12288), (3, 64, 768), (1, 1, 5), (5, 7, 37)]),
+)
+def test_attention_and_gelu_are_joined(dtype: torch.dtype, quantized: bool, sizes: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
+    heads, width, features = sizes
     mlp = noise(2, 3, features, dtype=dtype)
     for attention in (noise(2, 3, heads, width, dtype=dtype), noise(2, heads, 3, width, dtype=dtype).transpose(1, 2)):
         for parts in ((attention, mlp), (attention, None), (None, mlp)):
             all_close(kernels.join(*parts, quantized), kernels.join_reference(*parts, quantized))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "added", "width"), cases(5, DTYPES, [False, True], [False, True], WIDTHS)
+)
 def test_tokens_are_normalized_and_modulated(dtype: torch.dtype, quantized: bool, added: bool, width: int) -> None:
     torch.manual_seed(width)
-    both = noise(2, 5, width, dtype=dtype)
+    both = noise(2, 3, width, dtype=dtype)
     tokens = [both[:, :2], both[:, 2:]]  # as a block's output is split
     scale, shift, gate = (list(noise(2, 6 * width, dtype=dtype).chunk(6, 1)[1:3]) for _ in range(3))
-    out = [noise(2, 2, width, dtype=dtype), noise(2, 3, width, dtype=dtype)]
+    out = [noise(2, 2, width, dtype=dtype), noise(2, 1, width, dtype=dtype)]
     arguments = (tokens, scale, shift, *((out, gate) if added else ([], [])), 1e-6, quantized)
     all_close(kernels.modulate(*arguments), kernels.modulate_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("texts", [0, 1, 3])
-@pytest.mark.parametrize("value", [False, True])
-@pytest.mark.parametrize(("heads", "width"), [(24, 128), (3, 64), (1, 2), (6, 4), (2, 6)])
+@pytest.mark.parametrize(
+    ("dtype", "texts", "value", "sizes"),
+    cases(7, DTYPES, [0, 1, 2], [False, True], [(24, 128), (3, 64), (1, 2), (6, 4), (2, 6)]),
+)
 def test_query_and_key_are_normalized_and_rotated(
-    dtype: torch.dtype, texts: int, value: bool, heads: int, width: int
+    dtype: torch.dtype, texts: int, value: bool, sizes: tuple[int, int]
 ) -> None:
+    heads, width = sizes
     torch.manual_seed(heads)
     kinds = 3 if value else 2
 
@@ -92,9 +105,9 @@ def test_query_and_key_are_normalized_and_rotated(
         return [part.unflatten(-1, (heads, width)) for part in fused[:kinds]] if texts % 2 else separate
 
     norms = [[noise(width, dtype=dtype) for _ in range(2)] for _ in range(2)]
-    cosine, sine = noise(texts + 4, width), noise(texts + 4, width)
+    cosine, sine = noise(texts + 3, width), noise(texts + 3, width)
     arguments = (
-        projected(4), projected(texts) if texts else [], norms[0], norms[1] if texts else [], cosine, sine, 1e-6,
+        projected(3), projected(texts) if texts else [], norms[0], norms[1] if texts else [], cosine, sine, 1e-6,
     )  # fmt: skip
     all_close([kernels.rotate(*arguments)], [kernels.rotate_reference(*arguments)])
 

@@ -43,7 +43,7 @@ GATE_SECONDS = 60.0
 COUNT_SECONDS = 3600.0
 """How long the sum is believed before it is counted again: others may have removed or added files."""
 
-MANY_FILES = 1000
+MANY_FILES = 100
 """From so many on, eviction makes more room than was asked for, so that they are not looked through each time."""
 
 BLOCK = 4096
@@ -270,12 +270,12 @@ class Cache:
         taken, counted_at = _read_count(gate)
         if taken + size <= self._may_take(taken) and 0 <= time.time() - counted_at < COUNT_SECONDS:
             return taken, counted_at
-        if size > self._budget:
-            budget = f"the cache of LoRAs may take {self._budget:,} (FLUX_ADAPTER_CACHE_BYTES)"
-            raise SourceError(f"it needs {size:,} bytes or more, and {budget}")
-        taken = self._evict(size)
+        taken = self._evict(size) if size <= self._budget else self._budget
         if taken + size > self._budget:
-            raise SourceError("the cache of LoRAs has no room for it beside what is in use now; try again later")
+            raise SourceError(
+                "it does not fit beside what is in use now into the cache of LoRAs, which may take "
+                f"{self._budget:,} bytes (FLUX_ADAPTER_CACHE_BYTES)"
+            )
         if taken + size > self._may_take(taken):
             raise SourceError("the server's disk has no room for it")
         return taken, time.time()

@@ -197,7 +197,7 @@ def identity(url: httpx2.URL) -> Identity:
 def refusal(host: str, status: int, tokens: Tokens, headers: Mapping[str, str]) -> str:
     """What an HTTP status means for the caller, in one sentence."""
     hint = tokens.hint(host)
-    if "cf-mitigated" in headers or (headers.get("server") == "cloudflare" and _is_web_page(headers)):
+    if status in (403, 429, 503) and ("cf-mitigated" in headers or ("cf-ray" in headers and _is_web_page(headers))):
         way = "download the file with one, and give its path or a data: URI"
         return f"Cloudflare, in front of {host}, lets only browsers in ({status}); {way}"
     if status in (401, 403):

@@ -307,10 +307,12 @@ class Cache:
 
     def _remove(self, path: Path, used: float) -> bool:
         """Remove a file unless it is in use."""
-        holder = None
+        recent, holder = time.time() - used < IN_USE_SECONDS, None
+        if path.suffix == ".part" and recent:  # about to take the place of another one
+            return False
         if path.parent.name == "partial":
             holder = self._directory("locks") / f"{path.stem}.lock"
-        elif path.parent.name == "files" and time.time() - used < IN_USE_SECONDS:
+        elif path.parent.name == "files" and recent:
             holder = path
         if holder is None:
             path.unlink(missing_ok=True)

@@ -161,16 +161,19 @@ def load(path: Path, names: Mapping[str, Name]) -> tuple[list[LayerParts], dict[
 def _part(key: str, tensor: Tensor, name: Name) -> Part:
     if name.part in NUMBERS or not tensor.numel():
         return Part(key, tensor)
-    extremes = torch.cat([_extremes(piece) for piece in torch.split(tensor.flatten(), _PIECE)])
+    extremes = _extremes(tensor)
     if not extremes.isfinite().all():
         raise FormatError(f"{key!r} holds NaN or numbers that are infinite in float32")
     return Part(key, tensor, zero=not extremes.any())
 
 
 def _extremes(tensor: Tensor) -> Tensor:
-    """Its smallest and its largest number, or NaN: many times faster than to ask of each whether it is finite."""
-    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations of its own
-    return torch.stack(numbers.aminmax()).float()
+    """Its smallest and largest numbers, or NaN, in float32: many times faster than to ask of each if it is finite."""
+    found = []
+    for piece in torch.split(tensor.flatten(), _PIECE):
+        numbers = piece.float() if piece.element_size() == 1 else piece  # float8 has few operations of its own
+        found.append(torch.stack(numbers.aminmax()).float())
+    return torch.cat(found)
 
 
 def separate(spellings: Mapping[str, dict[str, Part]]) -> dict[str, dict[str, Part]]:

@@ -51,6 +51,7 @@ WRONG = {
         {DOWN: ("F32", [1, 48], 192), UP: ("F32", [64, 1], 256), ALPHA: ("F32", [BIG // 4], BIG)},
         "alpha' has shape .* and must be one number",
     ),
+    "OFT's blocks": ({f"{LAYER}.oft_blocks": ("F8_E4M3", [1, BIG], BIG)}, r"has shape .* too large for .* \[64, 48\]"),
     "a factor alone": ({DOWN: ("F8_E4M3", [1, BIG], BIG)}, "is there without its lora_B"),
     "endless shapes of nothing": (
         {DOWN: ("F32", [0, 2**62, 2**62], 0), UP: ("F32", [64, 0], 0)},
@@ -104,7 +105,7 @@ def test_one_number_that_is_none_is_found_in_any_piece(
 
 def test_judging_takes_no_second_copy() -> None:
     tensor = torch.zeros(2**25, dtype=torch.float8_e4m3fn)
-    peak = largest_allocation(lambda: contents._finite(tensor))
+    peak = largest_allocation(lambda: contents._extremes(tensor))
     assert peak < 2**25
 
 

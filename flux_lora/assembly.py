@@ -213,7 +213,7 @@ def _compile(
     compilation.compile_pipelines(pipelines.values(), blocks=not memory.streams_transformers)
     software = Software.installed().model_dump(exclude={"code"})  # PyTorch knows by itself which graphs have changed
     key = "; ".join((devices.describe(device), repr(profile), str(dtype), str(software)))
-    with compilation.cached(cache, key):
+    with compilation.cached(cache, key, log):
         compilation.warm_up(profile.name, lambda: _draw_unseen(pipelines, memory, prompts))
     graphs, known = compilation.graphs(), compilation.loaded_graphs()
     log(f"compiled in {time.perf_counter() - started:.1f} s: {graphs} graphs, {known} of them known before")

@@ -77,11 +77,20 @@ class Settings(BaseSettings):
     adapter_cache_bytes: int = Field(default=20 * GIB, ge=0)
     """Disk budget of that cache; the least recently used files leave first."""
 
-    adapter_memory_bytes: int = Field(default=4 * GIB, ge=0)
-    """Host memory budget of parsed LoRAs."""
+    adapter_memory_bytes: int | None = Field(default=None, ge=0)
+    """Host memory budget of parsed LoRAs; unset: a quarter of what is free. They go when memory becomes short."""
 
     adapter_max_bytes: int = Field(default=5 * GIB, gt=0)
     """Largest LoRA file or archive that is downloaded."""
+
+    source_deadline: float = Field(default=300.0, gt=0)
+    """Seconds that fetching the LoRA of one request may take; set-up and the operator's own sources have an hour."""
+
+    source_rate: int = Field(default=64 * 1024, ge=0)
+    """Bytes per second below which a server is given up that a request's LoRA comes from."""
+
+    request_tokens: bool = False
+    """Send the operator's tokens for requests, too: whoever may ask then draws with all that the tokens can read."""
 
     cog_weights: str | None = Field(default=None, validation_alias="COG_WEIGHTS")
     """The fine-tune, a path or a URL; Cog's server hands it to ``setup`` itself."""

@@ -5,9 +5,7 @@ has fetched, so unfinished files are kept here, named after what they will be an
 """
 
 import errno
-import hashlib
 import json
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,7 @@ from flux_lora.checkpoint.components import ENCODERS, OWN, SHARED
 from flux_lora.errors import WeightsError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
+from flux_lora.storage import free_bytes, sha256_of
 
 INDEX = "model_index.json"
 LICENCE = "LICENSE*"
@@ -178,10 +177,10 @@ def _only_one(weights: Path, log: Log) -> Iterator[None]:
 
 
 def _require_disk(weights: Path, needed: int) -> None:
-    free = shutil.disk_usage(weights).free
-    if needed > free:
+    spare = max(0, free_bytes(weights))
+    if needed > spare:
         raise WeightsError(
-            f"{_gb(needed)} are still to fetch and the disk of {weights} has {_gb(free)} free: make room, or set "
+            f"{_gb(needed)} are still to fetch and the disk of {weights} has {_gb(spare)} to spare: make room, or set "
             "FLUX_WEIGHTS to a directory on a larger disk."
         )
 
@@ -255,8 +254,7 @@ def _is_intact(file: RemoteFile) -> bool:
         return False
     if file.sha256 is None:
         return True
-    with file.part.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
+    return sha256_of(file.part) == file.sha256
 
 
 @contextmanager

@@ -37,6 +37,9 @@ BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+LFS_POINTER = b"version "
+"""How one begins; as the length of a header that would be beyond all files."""
+
 _repr = reprlib.Repr()
 _repr.maxstring = 120
 shown = _repr.repr
@@ -242,6 +245,11 @@ def _other_format(prefix: bytes) -> str | None:
         return "it is a zip or PyTorch pickle, not safetensors"
     if prefix.startswith(b"\x80"):
         return "it is a Python pickle, not safetensors"
+    if prefix == LFS_POINTER:
+        return (
+            "it is a git-lfs pointer in place of the file: get the file with `git lfs pull`, or take the address that "
+            "downloads it"
+        )
     if prefix.startswith(b"GGUF"):
         return "it is a GGUF file, not safetensors"
     if prefix.lstrip().startswith((b"<", b"{")):

@@ -1,16 +1,15 @@
 """``scripts/download_weights``: fetch base weights, the safety checker or a fine-tune into the weights directory."""
 
 import argparse
-import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from flux_lora.commands import operator_settings
 from flux_lora.errors import FluxLoraError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
+from flux_lora.storage import replacing, sha256_of
 
 DESCRIPTION = """\
 Fetch weights into the weights directory (FLUX_WEIGHTS, default: weights).
@@ -76,18 +75,13 @@ def _fetch_lora(source: str, settings: Settings) -> None:
 
     file = Sources.from_settings(settings).fetch(source, root=None)
     target = settings.weights / "lora.safetensors"
-    former = _digest(target) if target.is_file() else None
+    former = sha256_of(target) if target.is_file() else None
     settings.weights.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    shutil.copyfile(file, part)
-    part.replace(target)
-    change = "" if former in (None, _digest(target)) else f", in place of the one with SHA-256 {former}"
-    print(f"lora: {target}, SHA-256 {_digest(target)}{change}")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with replacing(target) as part:
+        shutil.copyfile(file, part)
+    digest = sha256_of(target)
+    change = "" if former in (None, digest) else f", in place of the one with SHA-256 {former}"
+    print(f"lora: {target}, SHA-256 {digest}{change}")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def _predict(options: argparse.Namespace) -> int:
     request = Request.parse(**inputs)  # bad input, and no place for the output, are refused before anything is loaded
     _require_place(options.output or OUTPUTS / "picture")
     settings = drawing_settings()
+    if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
+        settings = settings.model_copy(update={"request_tokens": True})
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
         fine_tune = None

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flux_lora.errors import FormatError
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -151,7 +153,7 @@ class _LowRankDelta:
 
     def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
         with full_float32():
-            out.addmm_(self.up[start:stop], self.down, alpha=scale * self.factor)
+            out.addmm_(self.up[start:stop], self.down, alpha=strength(scale, self.factor))
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,21 @@ class Dense:
     factor: float
 
     def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
-        out.add_(self.value[start:stop], alpha=scale * self.factor)
+        out.add_(self.value[start:stop], alpha=strength(scale, self.factor))
+
+
+def strength(scale: float, factor: float) -> float:
+    """What scales an update, all in all.
+
+    Raises:
+        FormatError: float32 has no such number; each of the two may be fine by itself.
+    """
+    if abs(scale * factor) > torch.finfo(torch.float32).max:
+        raise FormatError(
+            f"The LoRA cannot be applied at scale {scale:g}: its alpha makes that {factor:g} times its numbers, which "
+            "is beyond float32."
+        )
+    return scale * factor
 
 
 def float32(tensor: Tensor, device: torch.device) -> Tensor:

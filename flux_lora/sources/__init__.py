@@ -1,24 +1,29 @@
 """Where a LoRA comes from: any accepted spelling of a source becomes a verified local ``.safetensors`` file."""
 
-import base64
-import binascii
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
-from urllib.parse import unquote_to_bytes
+
+from pydantic import SecretStr
 
 from flux_lora.checkpoint.header import TensorFileError, read_header
-from flux_lora.errors import FormatError, SourceError
+from flux_lora.errors import FormatError, SettingsError, SourceError
 from flux_lora.settings import Settings
 from flux_lora.sources import archive, civitai
 from flux_lora.sources.address import CivitaiFile, HubFile, Inline, Link, is_inline, label, parse
-from flux_lora.sources.cache import Cache, Validator, sha256_of
+from flux_lora.sources.cache import DISK_FULL, SETTING, Cache, Validator
 from flux_lora.sources.client import Client
-from flux_lora.sources.guard import Network, Patience
+from flux_lora.sources.guard import Network, Patience, check_time
+from flux_lora.sources.inline import decode
 from flux_lora.sources.local import local_file
 from flux_lora.sources.resource import Resource
 from flux_lora.sources.tokens import Tokens
 from flux_lora.sources.transport import too_large
+from flux_lora.storage import sha256_of
 
 __all__ = ["PUBLIC", "Network", "Patience", "Sources", "Tokens"]
 
@@ -28,6 +33,9 @@ PUBLIC = Network()
 MAX_SOURCE_LENGTH = 8192
 """Of any source but a ``data:`` URI."""
 
+REQUEST_GRACE = 30.0
+"""Seconds of waiting after which a request's server has to keep up with the least rate."""
+
 
 class Sources:
     """Fetches LoRAs, with a cache on disk that any number of processes may share.
@@ -36,21 +44,43 @@ class Sources:
     server is asked each time whether its file is still the cached one. If it cannot be asked, the fetch fails: an old
     file served in silence would be a picture that the source no longer stands for.
 
+    Nobody gets a file for knowing its digest, and what was fetched with tokens only those get who have them.
+
     Args:
         cache: directory of the cache.
         cache_bytes: its budget; the least recently used files leave first.
         max_bytes: largest file or archive that is fetched.
-        tokens: sent to the hosts that they belong to, and only there.
+        tokens: the operator's, sent to the hosts that they belong to, and only there.
+        request_tokens: whether requests are sent with them, too.
+        request_seconds: how long one fetch for a request may take, all in all.
+        request_rate: bytes per second below which it is given up.
         network: the way to the world; tests pass their own.
     """
 
     def __init__(
-        self, *, cache: Path, cache_bytes: int, max_bytes: int, tokens: Tokens, network: Network = PUBLIC
+        self,
+        *,
+        cache: Path,
+        cache_bytes: int,
+        max_bytes: int,
+        tokens: Tokens,
+        request_tokens: bool = False,
+        request_seconds: float = 300.0,
+        request_rate: float = 64 * 1024,
+        network: Network = PUBLIC,
     ) -> None:
         self._cache = Cache(cache, cache_bytes)
         self._max_bytes = max_bytes
         self._tokens = tokens
-        self._client = Client(network, tokens, max_bytes)
+        self._request_tokens = tokens if request_tokens else Tokens(withheld=True)
+        patience = network.patience
+        hurry = replace(
+            patience,
+            total=min(patience.total, request_seconds),
+            grace=min(patience.grace, REQUEST_GRACE),
+            slowest=max(patience.slowest, request_rate),
+        )
+        self._network, self._request_network = network, replace(network, patience=hurry)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -59,135 +89,154 @@ class Sources:
             cache_bytes=settings.adapter_cache_bytes,
             max_bytes=settings.adapter_max_bytes,
             tokens=Tokens.from_settings(settings),
+            request_tokens=settings.request_tokens,
+            request_seconds=settings.source_deadline,
+            request_rate=settings.source_rate,
         )
 
     def fetch(self, source: str, *, root: Path | None) -> Path:
-        """The file that a source names, with its header checked.
+        """The file that a source names, with its header checked; it stays there until the next fetch.
 
         Args:
             source: a path, an address, a ``data:`` URI, or an id of Replicate, the Hugging Face Hub or Civitai.
-            root: the directory that local paths may not leave; None for the operator's own sources.
+            root: the directory that a request's local paths may not leave; None for the operator's own sources.
 
         Raises:
             SourceError: the source is refused, or cannot be fetched.
             FormatError: what it names is not a safetensors file.
+            SettingsError: the cache's directory cannot be trusted.
         """
         source = source.strip()
-        try:
-            return self._fetch(source, root)
-        except TensorFileError as error:
-            raise FormatError(f"The LoRA {label(source)} cannot be used: {error}.") from None
-        except SourceError as error:
-            raise SourceError(f"The LoRA {label(source)} cannot be fetched: {error}.") from None
-        except OSError as error:
-            raise SourceError(f"The LoRA {label(source)} cannot be read or stored: {error.strerror}.") from None
+        with self._plain_errors(source):
+            self._cache.release()
+            network = self._network if root is None else self._request_network
+            deadline = time.monotonic() + network.patience.total
+            try:
+                return self._fetch(source, root, network, deadline)
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+            self._cache.clear()
+            return self._fetch(source, root, network, deadline)
+
+    def check(self, source: str, *, root: Path | None) -> None:
+        """Find the faults of a source that can be found at once: nothing is fetched.
+
+        Args:
+            source: as for `fetch`.
+            root: likewise.
+
+        Raises:
+            SourceError: it is refused, or names a file that is not there.
+            FormatError: the file that it names is not a safetensors file.
+        """
+        source = source.strip()
+        with self._plain_errors(source):
+            _check_text(source)
+            if path := _local_path(source, root):
+                _is_packed(path)
+            else:
+                parse(source)
 
     def cached(self, digest: str) -> Path | None:
-        """A file of the cache by its SHA-256, if it is there."""
+        """A file of the cache by its SHA-256, if it is there: for the owner of the cache, never for a request."""
         return self._cache.content(digest)
 
-    def _fetch(self, source: str, root: Path | None) -> Path:
+    def _fetch(self, source: str, root: Path | None, network: Network, deadline: float) -> Path:
         _check_text(source)
-        if not is_inline(source) and "://" not in source and (path := local_file(source, root)):
-            return self._local(path)
+        if path := _local_path(source, root):
+            return self._local(path, deadline)
         spelled = parse(source)
         if isinstance(spelled, Inline):
-            return self._inline(spelled)
-        if spelled.fixed and (entry := self._cache.find(spelled.key)):
+            return self._inline(spelled, deadline)
+        tokens = self._tokens if root is None else self._request_tokens
+        if isinstance(spelled, CivitaiFile) and spelled.token:
+            tokens = Tokens(civitai_token=SecretStr(spelled.token))
+        client = Client(network, tokens, self._max_bytes, deadline)
+        known_as = f"{tokens.reach}{spelled.key}"
+        if spelled.fixed and (entry := self._cache.find(known_as)):
             return entry.path
-        resource = self._locate(spelled)
+        resource = self._locate(spelled, client, own=root is None)
         # What the caller called fixed is found under that name without asking next time.
-        return self._download(replace(resource, key=spelled.key) if spelled.fixed else resource, label(source))
+        key = known_as if spelled.fixed else f"{tokens.reach}{resource.key}"
+        return self._download(replace(resource, key=key), client, label(source))
 
-    def _locate(self, spelled: Link | HubFile | CivitaiFile) -> Resource:
+    def _locate(self, spelled: Link | HubFile | CivitaiFile, client: Client, *, own: bool) -> Resource:
         match spelled:
             case Link(url, fixed):
                 return Resource(spelled.key, url, fixed)
             case CivitaiFile():
-                return civitai.locate(spelled, self._client)
+                return civitai.locate(spelled, client)
             case HubFile():
                 from flux_lora.sources import hub  # huggingface_hub takes a while to import
 
-                return hub.locate(spelled, self._client.api, self._tokens)
+                return hub.locate(spelled, client.api, client.tokens, may_list=own)
 
-    def _download(self, resource: Resource, name: str) -> Path:
+    def _download(self, resource: Resource, client: Client, name: str) -> Path:
         if resource.size and resource.size > self._max_bytes:
             raise SourceError(too_large(self._max_bytes))
-        with self._cache.lock(resource.key):
+        with self._cache.lock(resource.key, client.deadline):
             entry = self._cache.find(resource.key)
             if entry and resource.fixed:
                 return entry.path
-            if resource.sha256 and (path := self._cache.content(resource.sha256)):
-                self._cache.remember(resource.key, resource.sha256, None)
-                return path
             part = self._cache.part(resource.key)
-            known = entry.validator if entry else None
-            validator = self._client.download(
-                resource.url, part, name=name, known=known, make_room=self._cache.make_room
-            )
+            validator = client.download(resource.url, part, name=name, known=entry.validator if entry else None)
             if validator is None:
                 if entry := self._cache.find(resource.key):
                     return entry.path
                 raise SourceError("it was removed from the cache while its server was asked; try again")
             try:
-                path = self._admit(part.path, resource.key, validator, resource.sha256)
+                path = self._admit(part.path, client.deadline, resource.key, validator, resource.sha256)
             except Exception:  # of the file itself; what a cancelled fetch leaves here is continued by the next
                 part.discard()
                 raise
             part.discard()
             return path
 
-    def _local(self, path: Path) -> Path:
-        try:
-            read_header(path)
-        except TensorFileError:
-            if not archive.is_tar(path):
-                raise
-        else:
+    def _local(self, path: Path, deadline: float) -> Path:
+        if not _is_packed(path):
             return path
         state = path.stat()
         key = f"file:{path}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}"
-        with self._cache.lock(key):
+        with self._cache.lock(key, deadline):
             entry = self._cache.find(key)
-            return entry.path if entry else self._unpack(path, key)
+            return entry.path if entry else self._unpack(path, deadline, key)
 
-    def _inline(self, inline: Inline) -> Path:
-        head, comma, payload = inline.uri.partition(",")
-        try:
-            data = unquote_to_bytes(payload)
-            if head.lower().endswith(";base64"):
-                data = _base64(data)
-        except binascii.Error:
-            raise SourceError("its base64 is damaged") from None
-        if not comma:
-            raise SourceError("it has no comma before its data")
-        if len(data) > self._max_bytes:
-            raise SourceError(too_large(self._max_bytes))
-        with self._cache.scratch() as path:
-            path.write_bytes(data)
-            return self._admit(path)
+    def _inline(self, inline: Inline, deadline: float) -> Path:
+        with self._cache.scratch() as part:
+            left = self._max_bytes
+            with part.appending(0) as file:
+                for piece in decode(inline.uri, self._max_bytes):
+                    check_time(deadline)
+                    left -= len(piece)
+                    if left < 0:
+                        raise SourceError(too_large(self._max_bytes))
+                    file.write(piece)
+            return self._admit(part.path, deadline)
 
     def _admit(
-        self, path: Path, key: str | None = None, validator: Validator | None = None, sha256: str | None = None
+        self,
+        path: Path,
+        deadline: float,
+        key: str | None = None,
+        validator: Validator | None = None,
+        sha256: str | None = None,
     ) -> Path:
         """Verify a file of the cache's own, unpack it if it is a tar, and move it to the others."""
         digest = sha256_of(path)
         if sha256 not in (None, digest):
             raise SourceError("what arrived is not what was published: its SHA-256 differs")
-        try:
-            read_header(path)
-        except TensorFileError:
-            if not archive.is_tar(path):
-                raise
-            return self._unpack(path, key, validator)
+        if _is_packed(path):
+            return self._unpack(path, deadline, key, validator)
         return self._keep(path, digest, key, validator)
 
-    def _unpack(self, path: Path, key: str | None, validator: Validator | None = None) -> Path:
+    def _unpack(self, path: Path, deadline: float, key: str | None, validator: Validator | None = None) -> Path:
         """Verify what is in a tar, wherever that is, and put it into the cache."""
         with self._cache.scratch() as unpacked:
-            archive.extract(path, unpacked)
-            read_header(unpacked)
-            return self._keep(unpacked, sha256_of(unpacked), key, validator)
+            with unpacked.appending(0) as file:
+                archive.extract(path, file.write, deadline)
+            read_header(unpacked.path)
+            return self._keep(unpacked.path, sha256_of(unpacked.path), key, validator)
 
     def _keep(self, path: Path, digest: str, key: str | None, validator: Validator | None) -> Path:
         admitted = self._cache.admit(path, digest)
@@ -195,11 +244,45 @@ class Sources:
             self._cache.remember(key, digest, validator)
         return admitted
 
+    @contextmanager
+    def _plain_errors(self, source: str) -> Iterator[None]:
+        """Name the source, or the cache where that is at fault."""
+        name = label(source)
+        try:
+            yield
+        except TensorFileError as error:
+            raise FormatError(f"The LoRA {name} cannot be used: {error}.") from None
+        except SourceError as error:
+            raise SourceError(f"The LoRA {name} cannot be fetched: {error}.") from None
+        except OSError as error:
+            where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else None
+            if where and where.is_relative_to(self._cache.root):
+                raise SettingsError(
+                    f"The cache of LoRAs in {self._cache.root} cannot be used: {error.strerror}. Set {SETTING} to a "
+                    "directory that can be written to."
+                ) from None
+            raise SourceError(f"The LoRA {name} cannot be read or stored: {error.strerror}.") from None
 
-def _base64(text: bytes) -> bytes:
-    """Either alphabet of RFC 4648; the padding may be missing, as it usually is with the one for addresses."""
-    text = text.translate(bytes.maketrans(b"-_", b"+/"))
-    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+
+def _local_path(source: str, root: Path | None) -> Path | None:
+    """The local file that a source names, if it names one."""
+    return None if is_inline(source) or "://" in source else local_file(source, root)
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file is a tar instead of a safetensors file.
+
+    Raises:
+        TensorFileError: it is neither.
+        SourceError: it is compressed.
+    """
+    try:
+        read_header(path)
+    except TensorFileError:
+        if not archive.is_tar(path):
+            raise
+        return True
+    return False
 
 
 def _check_text(source: str) -> None:

@@ -1,13 +1,13 @@
 """What the text of a source means. Nothing is opened or asked here."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 import httpx2
 
 from flux_lora.errors import SourceError
-from flux_lora.sources.guard import check_url, host_of, parse_url
+from flux_lora.sources.guard import HOST_NAME, check_url, host_of, parse_url
 from flux_lora.sources.wording import quoted
 
 SUFFIXES = (".safetensors", ".tar")
@@ -75,12 +75,14 @@ class HubFile:
 class CivitaiFile:
     """A file of a version of a model on Civitai; without a version: of the newest one.
 
-    ``wanted`` tells it from others of its version, by their ``id`` or by what a download address asks for.
+    ``wanted`` tells it from others of its version, by their ``id`` or by what a download address asks for. ``token`` is
+    the caller's own, from the address.
     """
 
     model: int | None = None
     version: int | None = None
     wanted: tuple[tuple[str, str], ...] = ()
+    token: str = field(default="", repr=False)
 
     @property
     def key(self) -> str:
@@ -119,12 +121,14 @@ def parse(source: str) -> Spelled:
         return _address(parse_url(f"https://{source}"))
     if source.startswith("file:"):
         raise SourceError("file: addresses are refused; name a path under the weights directory")
+    address = "/" in source and HOST_NAME.fullmatch(source.lstrip("/").split("/")[0].lower())
+    hint = f"; if it is an address, begin with https://{address[0]}/" if address else ""
     if is_path(source):
         _refuse_pickle(source)
-        raise SourceError("there is no such file")
+        raise SourceError(f"there is no such file{hint}")
     if match := REPLICATE.fullmatch(source):
         return _replicate(match["owner"], match["name"], match["version"])
-    raise SourceError(f"it is none of what is accepted: {ACCEPTED}")
+    raise SourceError(f"it is none of what is accepted{hint or f': {ACCEPTED}'}")
 
 
 def is_inline(source: str) -> bool:
@@ -178,7 +182,10 @@ def _civitai_page(url: httpx2.URL) -> Spelled:
     if match is None or not re.fullmatch(r"[0-9]{0,18}", version or ""):
         raise SourceError("of Civitai, it must be civitai.com/models/<id>[?modelVersionId=<id>]")
     wanted = tuple((name, value) for name in CIVITAI_CHOICES if (value := url.params.get(name, "")))
-    return CivitaiFile(_number(match["model"]), _number(version), wanted)
+    token = url.params.get("token", "")
+    if token and not re.fullmatch(r"[A-Za-z0-9._~+/=-]{1,500}", token):
+        raise SourceError("the token in the address holds characters that no token has")
+    return CivitaiFile(_number(match["model"]), _number(version), wanted, token)
 
 
 def _air(source: str) -> Spelled:

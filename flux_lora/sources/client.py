@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flux_lora.errors import SourceError
 from flux_lora.sources.cache import Identity, Part, Validator
 from flux_lora.sources.guard import Network, host_of, parse_url
-from flux_lora.sources.tokens import VARIABLES, Tokens
+from flux_lora.sources.tokens import Tokens
 from flux_lora.sources.transport import GuardedTransport, TransferError, too_large
 
 MAX_REDIRECTS = 10
@@ -30,14 +30,22 @@ WEB_PAGES = ("text/html", "application/xhtml+xml")
 
 
 class Client:
-    """Fetches JSON and files through the guarded transport."""
+    """Fetches JSON and one file through the guarded transport, and all of it before the deadline.
 
-    def __init__(self, network: Network, tokens: Tokens, max_bytes: int) -> None:
-        self._tokens = tokens
+    Args:
+        network: the way there.
+        tokens: of the hosts.
+        max_bytes: largest file.
+        deadline: when ``time.monotonic()`` says this, nothing more is waited for.
+    """
+
+    def __init__(self, network: Network, tokens: Tokens, max_bytes: int, deadline: float) -> None:
+        self.tokens = tokens
+        self.deadline = deadline
         self._max_bytes = max_bytes
-        self._patience = network.patience
-        self._files = GuardedTransport(network, tokens, max_bytes)
-        self.api = GuardedTransport(network, tokens, MAX_API_BYTES)
+        self._pauses = network.patience.pauses
+        self._files = GuardedTransport(network, tokens, max_bytes, self.deadline)
+        self.api = GuardedTransport(network, tokens, MAX_API_BYTES, self.deadline)
 
     def json(self, url: str) -> Any:
         """The JSON that a service answers with.
@@ -46,60 +54,51 @@ class Client:
             SourceError: it refuses, cannot be reached, or answers with something else.
         """
         try:
-            with self._get(self.api, url, lambda _: {}, self._deadline()) as (response, target):
+            with self._get(self.api, url, lambda _: {}) as (response, target):
                 if response.status_code != 200:
-                    raise SourceError(refusal(host_of(target), response.status_code, self._tokens))
+                    raise SourceError(refusal(host_of(target), response.status_code, self.tokens, response.headers))
                 return json.loads(response.read())
         except TransferError as error:
             raise SourceError(str(error)) from None
         except (ValueError, RecursionError):
             raise SourceError("the service did not answer with JSON") from None
 
-    def download(
-        self, url: str, part: Part, *, name: str, known: Validator | None, make_room: Callable[[int], None]
-    ) -> Validator | None:
+    def download(self, url: str, part: Part, *, name: str, known: Validator | None) -> Validator | None:
         """Complete a partial file, or find that what is known of it is still valid.
+
+        After an error the partial file is gone, unless it was the connection's and the next fetch can go on from there.
 
         Args:
             url: where the file is; redirects are followed, each with the same care.
             part: where the bytes go; what it holds already is continued if the server can prove it is the same file.
             name: what the progress bar calls it.
             known: what identified the file when it was last fetched.
-            make_room: called with the number of bytes that are about to be written.
 
         Returns:
             What identifies this state of the file, or None if it is still the known one (and nothing was fetched).
 
         Raises:
             SourceError: the server refuses, cannot be reached after some tries, or sends what is not a file.
+            OSError: it cannot be stored.
         """
-        pauses = iter(self._patience.pauses)
-        deadline = self._deadline()
+        pauses = iter(self._pauses)
         while True:
             before = part.size
             try:
-                return self._attempt(url, part, name, known, make_room, deadline)
+                return self._attempt(url, part, name, known)
             except TransferError as error:
                 if part.size - before >= 1024**2:
-                    pauses = iter(self._patience.pauses)
-                if (pause := next(pauses, None)) is None or time.monotonic() + pause > deadline:
+                    pauses = iter(self._pauses)
+                if (pause := next(pauses, None)) is None or time.monotonic() + pause > self.deadline:
                     if not part.validator():
                         part.discard()  # nobody could continue it
                     raise SourceError(str(error)) from None
                 time.sleep(pause)
+            except (SourceError, OSError):
+                part.discard()
+                raise
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self._patience.total
-
-    def _attempt(
-        self,
-        url: str,
-        part: Part,
-        name: str,
-        known: Validator | None,
-        make_room: Callable[[int], None],
-        deadline: float,
-    ) -> Validator | None:
+    def _attempt(self, url: str, part: Part, name: str, known: Validator | None) -> Validator | None:
         saved = part.validator() if part.size else None
 
         def conditions(resource: Identity) -> dict[str, str]:
@@ -108,7 +107,7 @@ class Client:
                 headers |= {"Range": f"bytes={part.size}-", "If-Range": etag}
             return headers
 
-        with self._get(self._files, url, conditions, deadline) as (response, target):
+        with self._get(self._files, url, conditions) as (response, target):
             status, headers = response.status_code, response.headers
             host, resource = host_of(target), identity(target)
             if status == 304 and known and known.condition(resource):
@@ -119,11 +118,13 @@ class Client:
                 part.discard()
                 raise TransferError(f"{host} no longer has the rest of the file")
             if status in (500, 502, 503, 504):
-                raise TransferError(refusal(host, status, self._tokens))
+                raise TransferError(refusal(host, status, self.tokens, headers))
             if status not in (200, 206):
-                raise SourceError(refusal(host, status, self._tokens, headers.get("retry-after")))
-            if headers.get("content-type", "").split(";")[0].strip().lower() in WEB_PAGES:
-                raise SourceError(_web_page(host, self._tokens))
+                raise SourceError(refusal(host, status, self.tokens, headers))
+            if _is_web_page(headers):
+                hint = self.tokens.hint(host)
+                login = f"; it may want a login: {hint}" if hint else ""
+                raise SourceError(f"{host} sent a web page in place of the file{login}")
             if status == 200:
                 validator = _validator(resource, headers)
                 part.begin(validator)
@@ -132,35 +133,30 @@ class Client:
             else:
                 part.discard()
                 raise TransferError(f"{host} sent another part or another state of the file than asked for")
-            self._write(response, part, name, make_room)
+            self._write(response, part, name)
             return validator
 
-    def _write(self, response: httpx2.Response, part: Part, name: str, make_room: Callable[[int], None]) -> None:
+    def _write(self, response: httpx2.Response, part: Part, name: str) -> None:
         """Append the answer to the partial file, unless the whole is or becomes too large."""
-        length = int(response.headers.get("content-length", 0))
-        if part.size + length > self._max_bytes:
-            part.discard()
+        length, size = int(response.headers.get("content-length", 0)), part.size
+        if size + length > self._max_bytes:
             raise SourceError(too_large(self._max_bytes))
-        make_room(length)
         progress = tqdm(
             desc=name,
-            total=part.size + length if length else None,
-            initial=part.size,
+            total=size + length if length else None,
+            initial=size,
             unit="B",
             unit_scale=True,
             mininterval=1.0,
             file=sys.stderr,
         )
-        try:
-            with part.path.open("ab") as file, progress:
-                for chunk in response.iter_raw():
-                    if file.tell() + len(chunk) > self._max_bytes:
-                        raise SourceError(too_large(self._max_bytes))
-                    file.write(chunk)
-                    progress.update(len(chunk))
-        except SourceError:
-            part.discard()
-            raise
+        with part.appending(length) as file, progress:
+            for chunk in response.iter_raw():
+                size += len(chunk)
+                if size > self._max_bytes:
+                    raise SourceError(too_large(self._max_bytes))
+                file.write(chunk)
+                progress.update(len(chunk))
 
     @contextmanager
     def _get(
@@ -168,16 +164,15 @@ class Client:
         transport: GuardedTransport,
         url: str,
         headers: Callable[[Identity], Mapping[str, str]],
-        deadline: float,
     ) -> Iterator[tuple[httpx2.Response, httpx2.URL]]:
         """The answer after all redirects, and who gave it; ``headers`` says what to send to which resource."""
-        target = parse_url(url)
+        target, stranger = parse_url(url), False
         for _ in range(MAX_REDIRECTS + 1):
             request = httpx2.Request(
                 "GET",
                 target,
                 headers={"User-Agent": "flux-lora", **headers(identity(target))},
-                extensions={"deadline": deadline},
+                extensions={"stranger": stranger},
             )
             response = transport.handle_request(request)
             try:
@@ -186,7 +181,8 @@ class Client:
                     return
                 if not (location := response.headers["location"]):
                     raise SourceError(f"{host_of(target)} redirects without saying where to")
-                target = parse_url(location, target)
+                former, target = target, parse_url(location, target)
+                stranger = stranger or host_of(former) != host_of(target)
             finally:
                 response.close()
         raise SourceError(f"it redirects more than {MAX_REDIRECTS} times")
@@ -198,31 +194,27 @@ def identity(url: httpx2.URL) -> Identity:
     return Identity(*(hashlib.sha256(url.raw_host + target).hexdigest() for target in (path, url.raw_path)))
 
 
-def refusal(host: str, status: int, tokens: Tokens, retry_after: str | None = None) -> str:
+def refusal(host: str, status: int, tokens: Tokens, headers: Mapping[str, str]) -> str:
     """What an HTTP status means for the caller, in one sentence."""
-    variable = VARIABLES.get(host)
+    hint = tokens.hint(host)
+    if status in (403, 429, 503) and ("cf-mitigated" in headers or ("cf-ray" in headers and _is_web_page(headers))):
+        way = "download the file with one, and give its path or a data: URI"
+        return f"Cloudflare, in front of {host}, lets only browsers in ({status}); {way}"
     if status in (401, 403):
-        if not variable:
-            return f"{host} refuses access ({status}); a signed address may have expired"
-        if tokens.for_host(host):
-            return f"{host} refuses access ({status}) to the token in {variable}"
-        return f"{host} refuses access ({status}); set {variable} to a token that may read it"
+        return f"{host} refuses access ({status}); {hint or 'a signed address may have expired'}"
     if status in (404, 410):
-        reason = f"the token in {variable} may not read it" if tokens.for_host(host) else f"{variable} is not set"
-        private = f", or it is private and {reason}" if variable else ""
-        return f"{host} has no such file ({status}){private}"
+        return f"{host} has no such file ({status}){f', or it is private: {hint}' if hint else ''}"
     if status == 429:
-        wait = f" in {retry_after} seconds" if re.fullmatch("[0-9]{1,6}", retry_after or "") else " later"
+        retry_after = headers.get("retry-after", "")
+        wait = f" in {retry_after} seconds" if re.fullmatch("[0-9]{1,6}", retry_after) else " later"
         return f"{host} gets too many requests (429); try again{wait}"
     if 500 <= status < 600:
         return f"{host} has a problem of its own ({status}); try again later"
     return f"{host} gave the unexpected answer {status}"
 
 
-def _web_page(host: str, tokens: Tokens) -> str:
-    variable = VARIABLES.get(host)
-    login = f"; it may want a login, so set {variable}" if variable and not tokens.for_host(host) else ""
-    return f"{host} sent a web page in place of the file{login}"
+def _is_web_page(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").split(";")[0].strip().lower() in WEB_PAGES
 
 
 def _continues(headers: httpx2.Headers, offset: int, saved: Validator) -> bool:
@@ -241,6 +233,6 @@ def _validator(resource: Identity, headers: httpx2.Headers) -> Validator:
     try:
         if parsedate_to_datetime(headers["date"]) - parsedate_to_datetime(modified) < timedelta(minutes=1):
             modified = ""
-    except (KeyError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, OverflowError):
         modified = ""
     return Validator(resource, etag, modified)

@@ -5,6 +5,7 @@ SNI stay those of the name. So a name that resolves to something else a moment l
 Every request passes here, after a redirect too, and proxies do not exist here: behind one, nothing could be checked.
 """
 
+import math
 import re
 import socket
 import ssl
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from threading import Thread
 from typing import Any
 
 import certifi
@@ -25,6 +27,9 @@ from flux_lora.sources.wording import quoted
 HTTPS_PORT = 443
 MAX_ADDRESSES = 4
 """Of one host that are tried."""
+
+TURN = 1.0
+"""Seconds that one call may wait; in between, a cancelled request ends."""
 
 HOST_NAME = re.compile(r"(?=.{4,253}$)(?:[a-z0-9_-]{1,63}\.)+(?:[a-z]{2,63}|xn--[a-z0-9-]{1,59})")
 """At least two labels, the last of them letters: no IPv4 in any spelling, no IPv6, no %-escapes, no trailing dot."""
@@ -132,22 +137,27 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
     return not any(address in network for network in NOT_PUBLIC)
 
 
-def public_addresses(host: str, resolve: Callable[[str], Sequence[str]]) -> list[str]:
-    """All addresses of a host.
+def require_public(host: str, addresses: Sequence[str]) -> None:
+    """Check all addresses of a host.
 
     Raises:
-        SourceError: the host is unknown, or any one of its addresses is not public.
+        SourceError: there are none, or any one of them is not public.
     """
-    try:
-        addresses = list(dict.fromkeys(resolve(host)))
-    except (OSError, UnicodeError):
-        addresses = []
     if not addresses:
         raise SourceError(f"the host {host} cannot be found")
     for address in addresses:
-        if not is_public(ip_address(address)):
-            raise SourceError(f"{host} leads to {address}, which is not a public address")
-    return addresses
+        if not is_public(ip_address(address)):  # which one it is may be news to whoever asks
+            raise SourceError(f"{host} leads to an address that is not public")
+
+
+def check_time(deadline: float) -> None:
+    """Give up once ``time.monotonic()`` says ``deadline``.
+
+    Raises:
+        SourceError: it does.
+    """
+    if time.monotonic() > deadline:
+        raise SourceError("it takes longer than a fetch may take")
 
 
 class GuardedBackend(httpcore2.NetworkBackend):
@@ -167,14 +177,32 @@ class GuardedBackend(httpcore2.NetworkBackend):
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any
     ) -> httpcore2.NetworkStream:
-        *first, last = public_addresses(host, self._network.resolve)[:MAX_ADDRESSES]
+        addresses = self._resolve(host)
+        require_public(host, addresses)
+        *first, last = addresses[:MAX_ADDRESSES]
         for address in first:
             with suppress(httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 return self._connect(address, port, timeout)
         return self._connect(last, port, timeout)
 
+    def _resolve(self, host: str) -> list[str]:
+        """All addresses of a host, asked for on another thread: the system's resolver has no deadline of ours."""
+        addresses: dict[str, None] = {}
+
+        def ask() -> None:
+            with suppress(OSError, UnicodeError):
+                addresses.update(dict.fromkeys(self._network.resolve(host)))
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        give_up = min(self._deadline, time.monotonic() + self._network.patience.read)
+        while asking.is_alive():
+            _time_left(give_up, None, httpcore2.ConnectTimeout)
+            asking.join(TURN / 10)
+        return list(addresses)
+
     def _connect(self, address: str, port: int, timeout: float | None) -> httpcore2.NetworkStream:
-        stream = self._network.connect(address, port, timeout)
+        stream = self._network.connect(address, port, _time_left(self._deadline, timeout, httpcore2.ConnectTimeout))
         return _Paced(stream, self._network.patience, self._max_bytes, self._deadline)
 
 
@@ -191,7 +219,7 @@ class _Paced(httpcore2.NetworkStream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         start = time.monotonic()
-        data = self._stream.read(max_bytes, timeout)
+        data = self._read(max_bytes, min(self._deadline, start + (timeout or math.inf)))
         self._waited += time.monotonic() - start
         self._received += len(data)
         if self._received > 2 * self._max_bytes + 1024**2:
@@ -202,8 +230,15 @@ class _Paced(httpcore2.NetworkStream):
             raise httpcore2.ReadTimeout
         return data
 
+    def _read(self, max_bytes: int, give_up: float) -> bytes:
+        """Wait in short turns: cancelling is an exception, which a blocking call would hold back."""
+        while True:
+            left = _time_left(give_up, None, httpcore2.ReadTimeout)
+            with suppress(httpcore2.ReadTimeout):
+                return self._stream.read(max_bytes, min(TURN, left))
+
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, timeout)
+        self._stream.write(buffer, _time_left(self._deadline, timeout, httpcore2.WriteTimeout))
 
     def close(self) -> None:
         self._stream.close()
@@ -211,8 +246,21 @@ class _Paced(httpcore2.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
+        timeout = _time_left(self._deadline, timeout, httpcore2.ConnectTimeout)
         stream = self._stream.start_tls(ssl_context, server_hostname, timeout)
         return _Paced(stream, self._patience, self._max_bytes, self._deadline)
 
     def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)
+
+
+def _time_left(deadline: float, timeout: float | None, late: type[httpcore2.TimeoutException]) -> float:
+    """Seconds until the deadline, at most ``timeout``.
+
+    Raises:
+        httpcore2.TimeoutException: of the kind ``late``: none are left.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise late
+    return left if timeout is None else min(left, timeout)

@@ -29,8 +29,14 @@ ENDPOINT = f"https://{HOST}"
 _FACTORY = threading.Lock()
 
 
-def locate(file: HubFile, transport: GuardedTransport, tokens: Tokens) -> Resource:
+def locate(file: HubFile, transport: GuardedTransport, tokens: Tokens, *, may_list: bool) -> Resource:
     """The file at the commit that its revision is now.
+
+    Args:
+        file: what is wanted.
+        transport: the way to the Hub.
+        tokens: those that it sends.
+        may_list: whether messages may name the files of a private repository.
 
     Raises:
         SourceError: there is no such repository, revision or file, no access to it, or a choice of files.
@@ -41,17 +47,17 @@ def locate(file: HubFile, transport: GuardedTransport, tokens: Tokens) -> Resour
             info = HfApi(endpoint=ENDPOINT, token=False).model_info(
                 file.repo, revision=file.revision, files_metadata=True
             )
-        found = _choose(file, info.siblings or [])
+        found = _choose(file, info.siblings or [], may_list=may_list or not info.private)
         pinned = HubFile(file.repo, info.sha or file.revision, found.rfilename)
         url = hf_hub_url(file.repo, found.rfilename, revision=pinned.revision, endpoint=ENDPOINT)
         return Resource(pinned.key, url, pinned.fixed, found.lfs.sha256 if found.lfs else None, found.size)
     except GatedRepoError:
         terms = f"accept its terms at {ENDPOINT}/{file.repo}"
-        raise SourceError(f"{file.repo} is gated; {terms} and set HF_TOKEN to a token that may read it") from None
+        raise SourceError(f"{file.repo} is gated: {terms}; {tokens.hint(HOST)}") from None
     except RevisionNotFoundError:
         raise SourceError(f"{file.repo} has no revision {quoted(file.revision)}") from None
     except HfHubHTTPError as error:
-        raise SourceError(refusal(HOST, error.response.status_code, tokens)) from None
+        raise SourceError(refusal(HOST, error.response.status_code, tokens, error.response.headers)) from None
     except TransferError as error:
         raise SourceError(str(error)) from None
     except httpx2.TooManyRedirects:
@@ -60,12 +66,14 @@ def locate(file: HubFile, transport: GuardedTransport, tokens: Tokens) -> Resour
         raise SourceError(f"{HOST} does not answer as expected about {quoted(file.repo)}") from None
 
 
-def _choose(wanted: HubFile, files: list[RepoSibling]) -> RepoSibling:
+def _choose(wanted: HubFile, files: list[RepoSibling], *, may_list: bool) -> RepoSibling:
     candidates = {file.rfilename: file for file in files if file.rfilename.endswith(".safetensors")}
     if wanted.file is None and len(candidates) == 1:
         return next(iter(candidates.values()))
     if wanted.file in candidates:
         return candidates[wanted.file]
+    if not may_list:
+        raise SourceError(f"{wanted.repo} is private; name a file that it has: hf://{wanted.repo}/….safetensors")
     names = sorted(candidates)
     if not names:
         raise SourceError(f"{wanted.repo} has no .safetensors file")

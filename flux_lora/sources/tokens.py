@@ -1,5 +1,6 @@
 """The operator's tokens, and the hosts that they belong to."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,6 +22,8 @@ VARIABLES = {
 class Tokens:
     """Tokens by the name of their variable; not shown by ``repr``.
 
+    ``withheld`` says that the operator keeps them from whoever asks.
+
     Raises:
         SettingsError: a token holds characters that cannot be sent; the message names the variable.
     """
@@ -28,6 +31,7 @@ class Tokens:
     hf_token: SecretStr | None = None
     civitai_token: SecretStr | None = None
     replicate_api_token: SecretStr | None = None
+    withheld: bool = False
 
     def __post_init__(self) -> None:
         for variable in VARIABLES.values():
@@ -38,6 +42,23 @@ class Tokens:
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         return cls(settings.hf_token, settings.civitai_token, settings.replicate_api_token)
+
+    @property
+    def reach(self) -> str:
+        """Who can reach the same files, as a prefix of what they are cached under; digests of tokens, not tokens."""
+        held = [self._get(variable) for variable in dict.fromkeys(VARIABLES.values())]
+        return f"{hashlib.sha256(' '.join(held).encode()).hexdigest() if any(held) else 'anyone'} "
+
+    def hint(self, host: str) -> str:
+        """What would give access to a host: the message of a refusal ends with it; nothing where no token would."""
+        variable = VARIABLES.get(host)
+        if variable is None:
+            return ""
+        if self.withheld:
+            return "requests are sent without the operator's tokens (FLUX_REQUEST_TOKENS=1 would lend them)"
+        if self.for_host(host):
+            return f"the token in {variable} may not read it"
+        return f"set {variable} to a token that may read it"
 
     def for_host(self, host: str) -> str:
         """The token to send to this host, or nothing."""

@@ -26,17 +26,24 @@ class TransferError(Exception):
 class GuardedTransport(httpx2.BaseTransport):
     """Sends requests to public https hosts, each host's own token with them, and reads at most ``max_bytes`` of answer.
 
-    A request may set its ``deadline`` (by ``time.monotonic()``) as an extension; else it has all the patience there is.
+    A request with the extension ``stranger`` gets no token: another host has redirected to it.
+
+    Args:
+        network: the way there.
+        tokens: of the hosts.
+        max_bytes: largest answer.
+        deadline: when ``time.monotonic()`` says this, nothing more is read; None: each request has all the patience.
 
     Raises:
         SourceError: the address is refused, or the answer is compressed or too large.
         TransferError: no connection, or it broke off.
     """
 
-    def __init__(self, network: Network, tokens: Tokens, max_bytes: int) -> None:
+    def __init__(self, network: Network, tokens: Tokens, max_bytes: int, deadline: float | None = None) -> None:
         self._network = network
         self._tokens = tokens
         self._max_bytes = max_bytes
+        self._deadline = deadline
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         check_url(request.url)
@@ -45,7 +52,7 @@ class GuardedTransport(httpx2.BaseTransport):
             scheme=request.url.raw_scheme, host=request.url.raw_host, port=request.url.port, target=request.url.raw_path
         )
         patience = self._network.patience
-        deadline = request.extensions.get("deadline", time.monotonic() + patience.total)
+        deadline = time.monotonic() + patience.total if self._deadline is None else self._deadline
         connection = httpcore2.HTTPConnection(
             url.origin,
             ssl_context=self._network.tls,
@@ -71,7 +78,8 @@ class GuardedTransport(httpx2.BaseTransport):
     def _headers(self, host: str, request: httpx2.Request) -> list[tuple[bytes, bytes]]:
         headers = [(name, value) for name, value in request.headers.raw if name.lower() not in NEVER_SENT]
         headers.append((b"Accept-Encoding", b"identity"))
-        if token := self._tokens.for_host(host):
+        token = "" if request.extensions.get("stranger") else self._tokens.for_host(host)
+        if token:
             headers.append((b"Authorization", f"Bearer {token}".encode("ascii")))
         return headers
 

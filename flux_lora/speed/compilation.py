@@ -14,13 +14,16 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from flux_lora.errors import SettingsError
+from flux_lora.storage import private_directory, trusted_bytes, write_whole
 
 OPTIONS: dict[str, Any] = {"deterministic": True}
 """Inductor's: nothing that changes a result is chosen by measuring, or another process might choose differently."""
 
 ARTIFACTS = "compiled"
+SETTING = "FLUX_CACHE"
 
 
 def compile_pipelines(pipelines: Iterable[Any], *, blocks: bool = True) -> None:
@@ -49,27 +52,45 @@ def loaded_graphs() -> int:
 
 
 @contextmanager
-def cached(folder: Path, key: str) -> Iterator[None]:
+def cached(folder: Path, key: str, log: Callable[[str], None] = print) -> Iterator[None]:
     """Load what was compiled before, and keep what is compiled within.
 
     Args:
-        folder: a cache directory of the operator's own, since what is loaded from it is run; where it cannot be written
-            to, nothing is kept.
+        folder: a cache directory of the operator's own, since what is loaded from it is run.
         key: the device, software and model that the code is for.
+        log: told where what was compiled cannot be kept.
+
+    Raises:
+        SettingsError: the directory, or PyTorch's own for compiled code, is not this user's alone.
     """
     file = folder / f"{ARTIFACTS}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+    _check_inductors_directory()
+    known = None
     with suppress(OSError):
-        torch.compiler.load_cache_artifacts(file.read_bytes())
+        known = trusted_bytes(file, SETTING)
+    if known:
+        torch.compiler.load_cache_artifacts(known)
     before = _counter("inductor", "fxgraph_cache_miss")
     yield
-    if (file.exists() and _counter("inductor", "fxgraph_cache_miss") == before) or graphs() == 0:
+    if (known and _counter("inductor", "fxgraph_cache_miss") == before) or graphs() == 0:
         return
     if saved := torch.compiler.save_cache_artifacts():
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".part")
-            unfinished.write_bytes(saved[0])
-            unfinished.replace(file)
+        try:
+            write_whole(file, saved[0])
+        except OSError as error:
+            log(f"compiled code cannot be kept in {folder} ({SETTING}), so each start compiles: {error.strerror}")
+
+
+def _check_inductors_directory() -> None:
+    """PyTorch runs what it finds there, and by default the directory has a name in /tmp that anybody can guess."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    try:
+        private_directory(Path(cache_dir()), variable)
+    except OSError as error:
+        raise SettingsError(
+            f"PyTorch has no place for compiled code: {error}. Set {variable} to a directory that can be written to, "
+            "or take FLUX_PROFILE=eager."
+        ) from None
 
 
 def warm_up(profile: str, work: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from flux_lora.device import devices
+from flux_lora.storage import trusted_bytes, write_whole
 
 PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-3", "sageattention")
 """Those whose versions decide what is fast."""
@@ -34,24 +35,27 @@ def choose_fastest(
         candidates: names; a single one is taken without measuring, and the first where none can be used.
         shape: what the times depend on.
         device: likewise.
-        folder: where choices are kept; where it cannot be written to, nothing is.
+        folder: where choices are kept, a directory of the operator's own; where it cannot be written to, nothing is.
         measure: seconds of a candidate, None when it cannot be used.
+
+    Raises:
+        SettingsError: the directory is not this user's alone.
     """
     if len(candidates) == 1:
         return candidates[0], False
     key = {"device": devices.describe(device), **shape, "candidates": candidates, **_versions()}
     file = folder / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if (known := json.loads(file.read_text())["choice"]) in candidates:
+    kept = b""
+    with suppress(OSError):
+        kept = trusted_bytes(file, "FLUX_CACHE")
+    with suppress(ValueError, KeyError, TypeError):
+        if (known := json.loads(kept)["choice"]) in candidates:
             return str(known), False
     timed = {name: measure(name) for name in candidates}
     usable = {name: spent for name, spent in timed.items() if spent is not None}
     name = min(usable, key=lambda candidate: usable[candidate], default=candidates[0])
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps({"choice": name, "seconds": timed, "key": key}, indent=2) + "\n")
-        unfinished.replace(file)
+        write_whole(file, (json.dumps({"choice": name, "seconds": timed, "key": key}, indent=2) + "\n").encode())
     return name, True
 
 

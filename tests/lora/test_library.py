@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flux_lora.device import devices
 from flux_lora.errors import FormatError
 from flux_lora.lora.library import AdapterLibrary
 
@@ -76,3 +77,38 @@ def test_refusals_name_the_file(name: str | None, tmp_path: Path) -> None:
     assert str(unusable.value) == (
         f"{said} cannot be applied to FLUX.1: it is a zip or PyTorch pickle, not safetensors."
     )
+
+
+def container(folder: Path, free: int) -> Path:
+    """A control group whose memory has so many bytes left."""
+    (folder / "memory.max").write_text(str(10**12))
+    (folder / "memory.current").write_text(str(10**12 - free))
+    return folder
+
+
+def test_without_a_budget_a_quarter_of_the_free_memory_is_taken(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CGROUP", container(tmp_path, 4 * 2 * BYTES + 1))
+    library = AdapterLibrary(SHAPES)
+    container(tmp_path, 2**31)
+    first = [library.read(path) for path in paths]
+    assert library.read(paths[1]) is first[1]
+    assert library.read(paths[0]) is not first[0]
+
+
+def test_adapters_go_when_memory_becomes_short_and_what_does_not_fit_is_refused(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CGROUP", container(tmp_path, 2**31))
+    library = AdapterLibrary(SHAPES, 10**9)
+    first = [library.read(path) for path in paths[:2]]
+    container(tmp_path, 2**30)
+    library.read(paths[2])  # which takes the others' place
+    container(tmp_path, 2**31)
+    assert library.read(paths[0]) is not first[0]
+    container(tmp_path, 10)
+    with pytest.raises(FormatError, match=r"x\.org cannot be read: it takes 0 MiB of host memory, and 0 MiB are free"):
+        library.read(paths[1], "x.org")
+    container(tmp_path, 2**31)
+    assert library.read(paths[1]).digest == first[1].digest

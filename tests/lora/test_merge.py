@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux_lora.device import devices
+from flux_lora.errors import FormatError
 from flux_lora.lora import deltas, merge
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
@@ -212,3 +213,27 @@ def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:
     before = hashlib.sha256(file.read_bytes()).digest()
     merged(load(torch.bfloat16)).bring([(adapters[0], 1.0)])
     assert hashlib.sha256(file.read_bytes()).digest() == before
+
+
+def test_a_strength_beyond_float32_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
+    """Alpha and scale may each be a number of float32 while their product is none."""
+    module = load(torch.float32)
+    base, served = bits(module), merged(module)
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    rows, columns = served.shapes[f"{layer.removeprefix('transformer.')}.weight"]
+    tensors = {
+        f"{layer}.lora_A.weight": torch.full((1, columns), 1e-30),
+        f"{layer}.lora_B.weight": torch.full((rows, 1), 1e-10),
+        f"{layer}.alpha": torch.tensor(3.4e38),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    adapter = read(tmp_path / "x.safetensors", {"transformer": served.shapes})
+    served.bring([(adapter, 1.0)])
+    strong = bits(module)
+    for scale in (2.0, -1.5):
+        with pytest.raises(FormatError, match=f"^The LoRA cannot be applied at scale {scale:g}: its alpha makes that"):
+            served.bring([(adapter, scale)])
+        served.bring([])
+        assert same_bits(module, base)
+        served.bring([(adapter, 1.0)])
+        assert same_bits(module, strong)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -270,12 +269,11 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, settings):
 def test_too_small_a_disk_is_refused_with_the_numbers_before_any_file(hub, settings, monkeypatch):
     settings.weights.mkdir()
     needed = sum(map(len, (OWN | SHARED).values()))
-    usage = shutil.disk_usage(settings.weights)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(WeightsError, match=r"2\.5 MB are still to fetch .* has 2\.5 MB free"):
+    monkeypatch.setattr(download, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(WeightsError, match=r"2\.5 MB are still to fetch .* has 2\.5 MB to spare"):
         download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     assert not hub.files_asked()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(download, "free_bytes", lambda _: needed)
     download.fetch(settings, ["dev"], endpoint=hub.endpoint)
 
 

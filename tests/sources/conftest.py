@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def make_sources(internet: Internet, tmp_path: Path) -> Callable[..., Sources]:
         max_bytes: int = MAX_BYTES,
         cache_bytes: int = 10**9,
         network: Network | None = None,
+        requests: dict[str, Any] | None = None,
         **patience: float,
     ) -> Sources:
         return Sources(
@@ -53,6 +55,7 @@ def make_sources(internet: Internet, tmp_path: Path) -> Callable[..., Sources]:
             max_bytes=max_bytes,
             tokens=Tokens(**{name: SecretStr(token) for name, token in TOKENS.items()}) if tokens else Tokens(),
             network=network or internet.network(**patience),
+            **requests or {},
         )
 
     return make

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -50,6 +52,14 @@ def contents(tmp_path: Path) -> list[bytes]:
     return sorted(path.read_bytes() for path in (tmp_path / "cache" / "files").iterdir())
 
 
+EMPTY, BLOCK = 6 * 4096, 4096
+"""What an empty cache takes on disk: its five directories and the sum; and what any file takes at least."""
+
+
+def on_disk(path: Path) -> int:
+    return sum(found.lstat().st_blocks for found in (path, *path.rglob("*")) if found.exists()) * 512
+
+
 def partials(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache" / "partial").iterdir())
 
@@ -86,12 +96,17 @@ def test_what_cannot_change_is_asked_for_once(
     assert internet.resolved == []
 
 
-def test_known_bytes_are_not_fetched_again_from_elsewhere(sources: Sources, internet: Internet, lora: bytes) -> None:
+def test_nobody_gets_a_cached_file_for_claiming_its_digest(
+    sources: Sources, internet: Internet, lora: bytes, other_lora: bytes
+) -> None:
     serve_all(internet, lora)
     fetch(sources)
-    fetch(sources, "hf://owner/name")
-    fetch(sources, "civitai.com/models/111")
-    assert internet.paths("cdn-lfs.huggingface.co") == internet.paths("storage.civitai.com") == []
+    digest = hashlib.sha256(lora).hexdigest()
+    internet.serve(f"https://cdn-lfs.huggingface.co/{digest}", other_lora)
+    with pytest.raises(SourceError, match="its SHA-256 differs"):
+        fetch(sources, "hf://owner/name")
+    assert fetch(sources, "civitai.com/models/111") == lora
+    assert len(internet.paths("storage.civitai.com")) == 1
 
 
 @pytest.mark.parametrize("source", ["hf://owner/name", "civitai.com/models/111"])
@@ -335,31 +350,129 @@ def test_least_recently_used_files_leave_first(
     urls = [f"https://files.example.com/{number}.safetensors" for number in range(4)]
     for number, url in enumerate(urls):
         internet.serve(url, file(loras[number], f'"{number}"'))
-    sources = make_sources(cache_bytes=3 * len(loras[0]) + 1000)
+    sources = make_sources(cache_bytes=EMPTY + 3 * (20_480 + BLOCK) + 3 * BLOCK)
     for number in range(3):
         fetch(sources, urls[number])
         age(tmp_path, loras[number], seconds=-number)
     fetch(sources, urls[0])  # used again: now 1 is the oldest
     fetch(sources, urls[3])
     assert contents(tmp_path) == sorted([loras[0], loras[2], loras[3]])
-    assert len(list((tmp_path / "cache" / "index").iterdir())) == 3
     internet.asked.clear()
     assert fetch(sources, urls[1]) == loras[1]
     assert conditions(internet) == [None]
 
 
-def test_files_in_use_are_not_evicted(
+def test_a_file_in_use_stays_and_what_does_not_fit_beside_it_is_refused(
     make_sources: Callable[..., Sources], internet: Internet, lora: bytes, other_lora: bytes, tmp_path: Path
 ) -> None:
     internet.serve(URL, lora)
     internet.serve("https://files.example.com/y.safetensors", other_lora)
-    sources = make_sources(cache_bytes=0)
-    first = sources.fetch(URL, root=None)
-    fetch(sources, "https://files.example.com/y.safetensors")
+    user, other = (make_sources(cache_bytes=EMPTY + 70_000) for _ in range(2))
+    first = user.fetch(URL, root=None)
+    with pytest.raises(SourceError, match="it does not fit beside what is in use now into the cache"):
+        fetch(other, "https://files.example.com/y.safetensors")
     assert first.read_bytes() == lora
-    age(tmp_path, lora, 0)
+    assert partials(tmp_path) == []
+    age(tmp_path, lora, 0)  # for so long it has not been used by the one that fetched it
+    fetch(other, "https://files.example.com/y.safetensors")
+    assert contents(tmp_path) == [other_lora]
+
+
+def test_a_fetch_makes_room_of_what_the_same_process_fetched_before(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes, other_lora: bytes, tmp_path: Path
+) -> None:
+    internet.serve(URL, lora)
+    internet.serve("https://files.example.com/y.safetensors", other_lora)
+    sources = make_sources(cache_bytes=EMPTY + 70_000)
+    fetch(sources)
     fetch(sources, "https://files.example.com/y.safetensors")
     assert contents(tmp_path) == [other_lora]
+
+
+def test_a_small_budget_is_kept_whatever_is_fetched(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    """Names of one file, and files of a few bytes: each takes a block of the disk."""
+    sources, most = make_sources(cache_bytes=200_000), 0
+    internet.serve(URL, file(lora, '"1"'))
+    for number in range(40):
+        fetch(sources, f"{URL}?{number}")
+        sources.fetch(f"data:,{quote(save({'a': np.arange(number + 1, dtype=np.uint8)}))}", root=None)
+        most = max(most, on_disk(tmp_path / "cache"))
+    assert 150_000 < most <= 200_000
+    assert fetch(sources) == lora
+
+
+def test_a_file_larger_than_the_budget_is_refused_although_its_length_is_a_secret(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    most = 0
+
+    def endless(exchange: Exchange) -> None:
+        nonlocal most
+        exchange.head(200, transfer_encoding="chunked", etag='"1"')
+        for _ in range(1000):
+            exchange.wire.wfile.write(b"4000\r\n%s\r\n" % bytes(0x4000))
+            most = max(most, on_disk(tmp_path / "cache"))
+
+    sources = make_sources(cache_bytes=300_000, max_bytes=10**9)
+    internet.serve(URL, lora)
+    fetch(sources)
+    internet.serve("https://files.example.com/y.safetensors", endless)
+    with pytest.raises(SourceError, match=r"which may take 300,000 bytes .FLUX_ADAPTER_CACHE_BYTES."):
+        fetch(sources, "https://files.example.com/y.safetensors")
+    assert most <= 300_000
+    assert partials(tmp_path) == []
+    assert fetch(sources) == lora
+
+
+def test_a_cache_of_many_files_is_not_looked_through_for_each_fetch(
+    sources: Sources, internet: Internet, lora: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    internet.serve(URL, file(lora, '"1"'))
+    fetch(sources)
+    looked: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or scandir(path))
+    fetch(sources, f"{URL}?2")
+    sources.fetch(f"data:,{quote(save({'a': np.arange(9)}))}", root=None)
+    assert looked == []
+
+
+def test_names_do_not_pile_up_and_neighbours_do_not_wait(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    """Three hundred sources cannot share 256 locks."""
+    sources, other = make_sources(), make_sources(total=1)
+    with ExitStack() as held:
+        for number in range(300):
+            held.enter_context(sources._cache.lock(f"anyone {URL}?{number}", 0))
+        internet.serve(URL, file(lora, '"1"'))
+        assert fetch(other, f"{URL}?300") == lora
+    assert [path.name for path in (tmp_path / "cache" / "locks").iterdir()] == ["files.lock"]
+
+
+def test_the_same_source_is_waited_for_until_the_deadline(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes
+) -> None:
+    begun, finish = threading.Event(), threading.Event()
+
+    def slowly(exchange: Exchange) -> None:
+        begun.set()
+        finish.wait(20)
+        file(lora, '"1"')(exchange)
+
+    internet.serve(URL, slowly)
+    first = threading.Thread(target=fetch, args=(make_sources(),))
+    first.start()
+    begun.wait(20)
+    start = time.monotonic()
+    with pytest.raises(SourceError, match="another request is still fetching it; try again later"):
+        fetch(make_sources(total=0.5))
+    assert time.monotonic() - start < 5
+    finish.set()
+    first.join()
+    assert fetch(make_sources(total=5)) == lora
 
 
 def test_room_is_made_before_the_download(
@@ -380,21 +493,33 @@ def test_room_is_made_before_the_download(
         exchange.wire.wfile.write(other_lora[1:])
 
     internet.serve("https://files.example.com/y.safetensors", route)
-    fetch(make_sources(cache_bytes=len(lora) + 100), "https://files.example.com/y.safetensors")
+    fetch(make_sources(cache_bytes=EMPTY + 70_000), "https://files.example.com/y.safetensors")
     assert seen == [[]]
 
 
 def test_forgotten_partial_downloads_are_evicted(
     make_sources: Callable[..., Sources], internet: Internet, lora: bytes, other_lora: bytes, tmp_path: Path
 ) -> None:
-    internet.serve(URL, in_turn(broken(lora, 30_000, etag='"1"'), answer(404)))
+    internet.serve(URL, in_turn(broken(lora, 30_000, etag='"1"'), lambda _: None))
     with pytest.raises(SourceError):
         fetch(make_sources())
     assert sorted(path.stat().st_size > 1000 for path in partials(tmp_path)) == [False, True]
     for path in partials(tmp_path):
         os.utime(path, (LONG_AGO, LONG_AGO))
     internet.serve("https://files.example.com/y.safetensors", other_lora)
-    fetch(make_sources(cache_bytes=50_000), "https://files.example.com/y.safetensors")
+    fetch(make_sources(cache_bytes=EMPTY + 60_000), "https://files.example.com/y.safetensors")
+    assert partials(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [answer(404), answer(200, b"<html>", content_type="text/html"), redirect("ftp://a.b/")]
+)
+def test_a_partial_download_goes_on_any_error_but_the_connections(
+    error: Route, sources: Sources, internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    internet.serve(URL, in_turn(broken(lora, 30_000, etag='"1"'), error))
+    with pytest.raises(SourceError):
+        fetch(sources)
     assert partials(tmp_path) == []
 
 
@@ -465,7 +590,7 @@ def interrupt_after(steps: int) -> Callable[..., object]:
     left = [steps]
 
     def trace(frame: FrameType, event: str, _argument: object) -> object:
-        if "/flux_lora/sources/" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
+        if "/flux_lora/sources/" not in frame.f_code.co_filename:
             return None
         if event == "line":
             left[0] -= 1
@@ -509,6 +634,6 @@ def test_address_is_checked_again_when_asked_again(sources: Sources, internet: I
     internet.serve(URL, file(lora, '"1"'))
     fetch(sources)
     internet.names[HOST] = ["10.0.0.1"]
-    with pytest.raises(SourceError, match=r"leads to 10\.0\.0\.1"):
+    with pytest.raises(SourceError, match=r"leads to an address that is not public"):
         fetch(sources)
     assert internet.connected == [PUBLIC_ADDRESS]

@@ -190,7 +190,7 @@ def test_address(way: str, address: str, sources: Sources, internet: Internet, t
     internet.names["inside.example.com"] = [PUBLIC_ADDRESS, address] if way == "beside a public one" else [address]
     internet.serve("https://files.example.com/x.tar", redirect("https://inside.example.com/x.tar"))
     host = "files" if way == "after a redirect" else "inside"
-    refusal = f"inside.example.com leads to {address}, which is not a public address"
+    refusal = "inside.example.com leads to an address that is not public"
     with pytest.raises(SourceError, match=refusal):
         sources.fetch(f"https://{host}.example.com/x.tar", root=None)
     assert set(internet.connected) <= ({PUBLIC_ADDRESS} if way == "after a redirect" else set())
@@ -205,7 +205,7 @@ def test_rebinding_name(sources: Sources, internet: Internet, lora: bytes) -> No
     internet.serve(URL, lora)
     sources.fetch(URL, root=None)
     assert internet.connected == ["203.0.114.7"]
-    with pytest.raises(SourceError, match=r"leads to 127.0.0.1"):
+    with pytest.raises(SourceError, match=r"leads to an address that is not public"):
         sources.fetch(URL, root=None)
 
 
@@ -406,6 +406,11 @@ FILES: dict[str, tuple[bytes, str]] = {
     "tar: extended header of 4 GB": (extended_header(2**32) + tar(LORA), "damaged or truncated"),
     "tar: extended headers for ever": (extended_header(10, b"10 path=a\n") * 150, "damaged or truncated|no .safet"),
     "tar: comment of 100 kB": (comment(100_000) + tar(LORA), "damaged or truncated"),
+    "tar: comment of 20 kB": (comment(20_000) + tar(LORA), "damaged or truncated"),
+    "tar: comment of digits": (
+        extended_header(12_000, b"12000 comment=".ljust(11_999, b"1") + b"\n") + tar(LORA),
+        "damag",
+    ),
     "tar: comments of 100 kB together": (comment(40_000) + comment(60_000) + tar(LORA), "damaged or truncated"),
     "tar: no LoRA inside": (tar(member("x.safetensors", zipped())), "it is a zip or PyTorch pickle"),
     "tar in gzip": (gzip.compress(tar(LORA)), "compressed with gzip; only a plain .tar is accepted"),
@@ -413,6 +418,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "PyTorch file": (zipped(), "it is a zip or PyTorch pickle"),
     "GGUF": (b"GGUF" + bytes(100), "it is a GGUF file"),
     "JSON error": (b'{"error": "quota"}' + b" " * 20, "it is a text file"),
+    "git-lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n",
+        "it is a git-lfs pointer in place of the file: .*git lfs pull",
+    ),
     "few bytes": (b"abc", "it has only 3 bytes"),
     "length of the header beyond the file": (safetensors({}, length=5000), "it is truncated"),
     "length of the header beyond reason": (safetensors({}, length=2**63), "not a safetensors file"),
@@ -461,7 +470,7 @@ def test_length_of_an_extended_header_is_not_believed(sources: Sources, tmp_path
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_headers_of_a_tar_are_not_kept(kind: bytes, sources: Sources, tmp_path: Path) -> None:
-    headers = (comment(60_000, f"comment{number}", kind) + member("a")[0].tobuf() for number in range(200))
+    headers = (comment(12_000, f"comment{number}", kind) + member("a")[0].tobuf() for number in range(1000))
     (tmp_path / "x.tar").write_bytes(b"".join(headers) + tar(LORA))
     tracemalloc.start()
     assert sources.fetch("x.tar", root=tmp_path).read_bytes() == GOOD

@@ -16,11 +16,11 @@ import pytest
 from pydantic import SecretStr
 from safetensors.numpy import save
 
-from flux_lora.errors import SourceError
+from flux_lora.errors import FormatError, SourceError
 from flux_lora.sources import Network, Sources, Tokens
 from flux_lora.sources.transport import GuardedTransport
 from tests.sources.conftest import TOKENS
-from tests.sources.internet import Internet, Route, answer, answer_json, file, redirect
+from tests.sources.internet import Exchange, Internet, Route, answer, answer_json, file, redirect
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 VERSION = "ab" * 32
@@ -50,7 +50,12 @@ def trained(lora: bytes) -> bytes:
 
 
 def serve_hub(
-    internet: Internet, files: dict[str, bytes], revision: str = "main", commit: str = COMMIT, repo: str = "owner/name"
+    internet: Internet,
+    files: dict[str, bytes],
+    revision: str = "main",
+    commit: str = COMMIT,
+    repo: str = "owner/name",
+    private: bool = False,
 ) -> None:
     """The Hub's API and its redirect of large files to a storage host, as huggingface_hub knows them."""
     siblings = []
@@ -61,7 +66,15 @@ def serve_hub(
         signed = f"https://cdn-lfs.huggingface.co/{digest}?Signature=do-not-log"
         internet.serve(f"https://huggingface.co/{repo}/resolve/{commit}/{quote(name)}", redirect(signed))
         internet.serve(f"https://cdn-lfs.huggingface.co/{digest}", file(data, f'"{digest}"'))
-    info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+    info = {
+        "_id": "1",
+        "id": repo,
+        "modelId": repo,
+        "sha": commit,
+        "private": private,
+        "tags": [],
+        "siblings": siblings,
+    }
     internet.serve(f"https://huggingface.co/api/models/{repo}/revision/{revision}", answer_json(info))
 
 
@@ -217,9 +230,11 @@ def test_tokens_go_to_their_hosts_only(sources: Sources, internet: Internet, lor
         "https://files.example.com/to-hub.safetensors",
     ):
         sources.fetch(source, root=None)
+    hub = [exchange.headers.get("authorization") for exchange in internet.asked if exchange.host == "huggingface.co"]
+    assert hub == [f"Bearer {TOKENS['hf_token']}"] * 2 + [None]
     seen = {exchange.host: exchange.headers.get("authorization") for exchange in internet.asked}
     assert seen == {
-        "huggingface.co": f"Bearer {TOKENS['hf_token']}",
+        "huggingface.co": None,  # the last one came from another host
         "civitai.com": f"Bearer {TOKENS['civitai_token']}",
         "replicate.com": f"Bearer {TOKENS['replicate_api_token']}",
         "cdn-lfs.huggingface.co": None,
@@ -229,6 +244,113 @@ def test_tokens_go_to_their_hosts_only(sources: Sources, internet: Internet, lor
         "sub.example.com": None,
     }
     assert {exchange.headers["accept-encoding"] for exchange in internet.asked} == {"identity"}
+
+
+def test_a_tokens_own_host_does_not_get_it_back_from_another_one(sources: Sources, internet: Internet) -> None:
+    internet.serve("https://civitai.com/api/download/models/222", redirect("https://files.example.com/x"))
+    internet.serve("https://civitai.com/api/v1/model-versions/222", answer_json(civitai_version(b"")))
+    internet.serve("https://files.example.com/x", redirect("https://civitai.com/private"))
+    with pytest.raises(SourceError, match="no such file"):
+        sources.fetch("https://civitai.com/api/download/models/222", root=None)
+    assert ["authorization" in asked.headers for asked in internet.asked] == [True, True, False, False]
+
+
+REQUEST = Path("/nowhere")
+"""The root of a request's local paths."""
+
+PRIVATE = ("hf://owner/name", f"hf://owner/name@{COMMIT}", "civitai.com/models/111", "owner/name")
+
+
+def only_with_token(internet: Internet) -> None:
+    """Answer what was served as a private repository does."""
+    for path, route in internet.routes.items():
+        if path.split("/")[0] in ("huggingface.co", "civitai.com", "replicate.com"):
+
+            def guarded(exchange: Exchange, route: Route = route) -> None:
+                route(exchange) if "authorization" in exchange.headers else exchange.reply(401)
+
+            internet.routes[path] = guarded
+
+
+@pytest.mark.parametrize("source", PRIVATE)
+def test_operators_tokens_serve_the_operator_and_not_requests(
+    source: str, make_sources: Callable[..., Sources], internet: Internet, lora: bytes
+) -> None:
+    serve_all(internet, lora)
+    only_with_token(internet)
+    sources = make_sources()
+    assert sources.fetch(source, root=None).read_bytes() == lora
+    internet.asked.clear()
+    with pytest.raises(SourceError, match=r"without the operator's tokens .FLUX_REQUEST_TOKENS=1 would lend them"):
+        sources.fetch(source, root=REQUEST)
+    assert not any("authorization" in exchange.headers for exchange in internet.asked)
+    lending = make_sources(requests={"request_tokens": True})
+    assert lending.fetch(source, root=REQUEST).read_bytes() == lora
+
+
+def test_what_a_request_may_reach_is_fetched_for_it_once(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes
+) -> None:
+    serve_all(internet, lora)
+    source = f"hf://owner/name@{COMMIT}"
+    for root in (None, REQUEST):
+        make_sources().fetch(source, root=root)
+        internet.asked.clear()
+        make_sources().fetch(source, root=root)
+        assert internet.asked == []
+
+
+@pytest.mark.parametrize("named", ["", "/nothing.safetensors"])
+def test_private_repositories_are_listed_to_the_operator_alone(
+    named: str, make_sources: Callable[..., Sources], internet: Internet, lora: bytes
+) -> None:
+    serve_hub(internet, {"secret-a.safetensors": lora, "secret-b.safetensors": lora}, private=True)
+    sources = make_sources(requests={"request_tokens": True})
+    with pytest.raises(SourceError, match=r"'secret-a.safetensors', 'secret-b.safetensors'"):
+        sources.fetch(f"hf://owner/name{named}", root=None)
+    with pytest.raises(SourceError, match="owner/name is private; name a file that it has") as refused:
+        sources.fetch(f"hf://owner/name{named}", root=REQUEST)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_callers_token_in_a_civitai_address_is_theirs(
+    make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    serve_all(internet, lora)
+    only_with_token(internet)
+    address = "https://civitai.com/api/download/models/222?type=Model&format=SafeTensor"
+    path = make_sources(tokens=False).fetch(f"{address}&token=theirs", root=REQUEST)
+    assert path.read_bytes() == lora
+    seen = {exchange.headers.get("authorization") for exchange in internet.asked if exchange.host == "civitai.com"}
+    assert seen == {"Bearer theirs"}
+    assert not any("theirs" in found.read_text("latin-1") for found in tmp_path.rglob("*") if found.is_file())
+    with pytest.raises(SourceError, match="refuses access"):  # neither without it nor with another one
+        make_sources(tokens=False).fetch(address, root=REQUEST)
+    with pytest.raises(SourceError, match="the token in the address holds characters that no token has") as refused:
+        make_sources().fetch(f"{address}&token=th%20eirs", root=REQUEST)
+    assert "eirs" not in str(refused.value)
+
+
+CHALLENGE = "Cloudflare, in front of civitai.com, lets only browsers in .403.; download the file with one"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "reason"),
+    [
+        (403, {"cf_ray": "1-FRA", "content_type": "text/html; charset=UTF-8"}, CHALLENGE),
+        (403, {"cf_mitigated": "challenge"}, CHALLENGE),
+        (403, {"cf_ray": "1-FRA", "content_type": "application/json"}, "the token in CIVITAI_TOKEN may not read it"),
+        (404, {"cf_ray": "1-FRA", "content_type": "text/html"}, "civitai.com has no such file .404."),
+    ],
+)
+def test_a_challenge_for_browsers_is_no_question_of_tokens(
+    status: int, headers: dict[str, str], reason: str, sources: Sources, internet: Internet, lora: bytes
+) -> None:
+    for part in ("api/v1/model-versions/222", "api/download/models/222"):
+        serve_civitai(internet, lora)
+        internet.serve(f"https://civitai.com/{part}", answer(status, b"<html>", **headers))
+        with pytest.raises(SourceError, match=reason):
+            sources.fetch("civitai.com/models/111?modelVersionId=222", root=None)
 
 
 def test_other_credentials_and_compression_stay_out(internet: Internet) -> None:
@@ -322,8 +444,12 @@ def hub_answer(siblings: list[dict[str, object]], sha: object = COMMIT) -> Route
 
 HUB_REFUSALS = [
     (answer(401, x_error_code="RepoNotFound"), False, "set HF_TOKEN to a token that may read it"),
-    (answer(401), True, "refuses access .401. to the token in HF_TOKEN"),
-    (answer(403, x_error_code="GatedRepo"), True, "owner/name is gated; accept its terms at https://huggingface.co/"),
+    (answer(401), True, "refuses access .401.; the token in HF_TOKEN may not read it"),
+    (
+        answer(403, x_error_code="GatedRepo"),
+        True,
+        "gated: accept its terms at https://huggingface.co/owner/name; ",
+    ),
     (answer(404, x_error_code="RepoNotFound"), True, "no such file .404., or it is private"),
     (answer(404, x_error_code="RevisionNotFound"), True, "owner/name has no revision 'main'"),
     (answer(500), True, "has a problem of its own .500."),
@@ -369,7 +495,7 @@ def test_hub_lists_the_files_to_choose_from(sources: Sources, internet: Internet
 @pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254"])
 def test_guard_holds_inside_huggingface_hub(address: str, sources: Sources, internet: Internet) -> None:
     internet.names["huggingface.co"] = [address]
-    with pytest.raises(SourceError, match=f"huggingface.co leads to {address}, which is not a public address"):
+    with pytest.raises(SourceError, match="huggingface.co leads to an address that is not public"):
         sources.fetch("hf://owner/name", root=None)
     assert internet.connected == []
 
@@ -392,7 +518,7 @@ def test_size_limits_hold_inside_huggingface_hub(
     with pytest.raises(SourceError, match="larger than the limit of 200,000 bytes"):
         sources.fetch("hf://owner/name", root=None)
     assert internet.paths("cdn-lfs.huggingface.co") == []
-    monkeypatch.setattr(sources._client.api, "_max_bytes", 1000)
+    monkeypatch.setattr("flux_lora.sources.client.MAX_API_BYTES", 1000)
     internet.serve("https://huggingface.co/api/models/owner/name/revision/main", answer(200, bytes(2000)))
     with pytest.raises(SourceError, match="larger than the limit of 1,000 bytes"):
         sources.fetch("hf://owner/name", root=None)
@@ -566,3 +692,40 @@ def test_operators_paths_may_be_anywhere(
         assert sources.fetch(source, root=None).read_bytes() == lora
     with pytest.raises(SourceError, match=r"'nothing.safetensors' cannot be fetched: there is no such file"):
         sources.fetch("nothing.safetensors", root=None)
+
+
+def test_what_can_be_said_at_once_is_said_before_anything_is_fetched(
+    sources: Sources, internet: Internet, lora: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "good.safetensors").write_bytes(lora)
+    (tmp_path / "packed.tar").write_bytes(trained(lora))
+    (tmp_path / "bad.safetensors").write_bytes(b"<html>" * 9)
+    for source in (f"{tmp_path}/good.safetensors", f"{tmp_path}/packed.tar", "hf://owner/name", "data:,x", "a/b"):
+        sources.check(source, root=None)
+    for source, reason in {
+        f"{tmp_path}/missing.safetensors": r"missing.safetensors' cannot be fetched: there is no such file\.",
+        f"{tmp_path}/bad.safetensors": "bad.safetensors' cannot be used: it is a text file",
+        str(tmp_path): "it is a directory",
+        "https://files.example.com/x.zip": "must end in .safetensors or .tar",
+    }.items():
+        with pytest.raises((SourceError, FormatError), match=reason):
+            sources.check(source, root=None)
+    assert internet.resolved == []
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("example.com/x.safetensors", "there is no such file; if it is an address, begin with https://example.com/"),
+        ("//example.com/x.safetensors", "there is no such file; if it is an address, begin with https://example.com/"),
+        (
+            "Files.Example.com/a/b",
+            "none of what is accepted; if it is an address, begin with https://files.example.com",
+        ),
+        ("loras/x.safetensors", r"there is no such file\.$"),
+        ("x.safetensors", r"there is no such file\.$"),
+    ],
+)
+def test_an_address_without_its_beginning_is_told_from_a_path(source: str, hint: str, sources: Sources) -> None:
+    with pytest.raises(SourceError, match=hint):
+        sources.fetch(source, root=None)

@@ -1,5 +1,7 @@
 """Compiled drawing in this process; over HTTP, and across restarts, in server/test_speed.py."""
 
+import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,3 +95,40 @@ def test_other_failures_of_the_warm_up_stay_what_they_are() -> None:
 
     with pytest.raises(DrawingError, match="not finite"):
         compilation.warm_up("exact", work)
+
+
+def test_code_that_others_may_have_put_there_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bytes] = []
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
+    for variable, folder in (("FLUX_CACHE", tmp_path / "a"), ("TORCHINDUCTOR_CACHE_DIR", tmp_path / "b")):
+        folder.mkdir()
+        for name in ("a key", "another"):
+            digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+            (folder / f"compiled-{digest}.bin").write_bytes(b"planted")
+        folder.chmod(0o777)
+        if variable != "FLUX_CACHE":
+            monkeypatch.setenv(variable, str(folder))
+        with (
+            pytest.raises(SettingsError, match=f"^{variable}: others may write to {folder}"),
+            compilation.cached(folder if variable == "FLUX_CACHE" else tmp_path / "c", "a key"),
+        ):
+            pass
+        if os.geteuid() == 0:
+            folder.chmod(0o700)
+            os.chown(folder, 65534, 65534)
+            with (
+                pytest.raises(SettingsError, match=f"^{variable}: {folder} belongs to another user"),
+                compilation.cached(folder if variable == "FLUX_CACHE" else tmp_path / "c", "a key"),
+            ):
+                pass
+    assert loaded == []
+
+
+def test_a_cache_that_cannot_be_written_to_is_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    with compilation.cached(tmp_path / "file", "a key", said.append):
+        torch.compile(torch.sin, options=compilation.OPTIONS)(torch.ones(3))
+    assert said == [
+        f"compiled code cannot be kept in {tmp_path}/file (FLUX_CACHE), so each start compiles: Not a directory"
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from flux_lora.errors import SettingsError
 from flux_lora.speed import fastest
 
 CPU = torch.device("cpu")
@@ -56,3 +57,10 @@ def test_without_a_place_to_keep_it_the_choice_is_still_made(tmp_path: Path) -> 
 
 def test_when_nothing_can_be_used_the_first_is_taken(tmp_path: Path) -> None:
     assert choose(tmp_path, lambda _: None) == ("native", True)
+
+
+def test_a_choice_that_others_may_have_made_is_refused(tmp_path: Path) -> None:
+    choose(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(SettingsError, match=f"^FLUX_CACHE: others may write to {tmp_path}"):
+        choose(tmp_path)

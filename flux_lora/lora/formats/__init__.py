@@ -25,6 +25,7 @@ from flux_lora.lora.formats.contents import LayerParts, account_for, load, only_
 from flux_lora.lora.formats.doubles import without_doubles
 from flux_lora.lora.formats.layouts import BFL, Shapes
 from flux_lora.lora.formats.metadata import Scaling, own_name, scaling, trigger_word
+from flux_lora.lora.formats.outline import check_shapes
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
 from flux_lora.lora.formats.summary import Adapted, family, summarize, without_effect
 
@@ -100,6 +101,7 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
         raise FormatError("it holds nothing to apply")
     if what := foreign.of_another_model(header.metadata, {name.component for name in names.values()}):
         raise FormatError(f"its metadata says that it is {what}")
+    check_shapes(header, names)
     digest, data_digest = _digests(path, header.data_start)
     contents, doubled = load(path, names)
     split, told_by = trained_split(_fused(contents), header.metadata)

@@ -123,6 +123,7 @@ def _low_rank(layer: Layer, rest: Parts, given: Given) -> Made | None:
     down, up = taken
     rank = _rank(down)
     rows, columns = _matrix_shape(layer, down)
+    _check_rank(layer, down, rank)
     return _product(layer, _shaped(up, rows, rank), _shaped(down, rank, columns), given, zero=up.zero or down.zero)
 
 
@@ -133,6 +134,7 @@ def _low_rank_of_a_table(layer: Layer, rest: Parts, given: Given) -> Made | None
     down, up = taken
     rank = _rank(down)
     rows, columns = _matrix_shape(layer, down)
+    _check_rank(layer, down, rank)
     return _product(layer, _shaped(down, rank, rows).T, _shaped(up, columns, rank).T, given, zero=up.zero or down.zero)
 
 
@@ -150,6 +152,7 @@ def _hadamard(layer: Layer, rest: Parts, given: Given) -> Made | None:
     w2 = _factors(taken[2], taken[3], cores[1], rows, columns)
     zero = any(part.zero for part in (*taken, *filter(None, cores)))
     rank = _rank(taken[1])
+    _check_rank(layer, taken[1], rank)
     return Made((Hadamard(layer.weight, w1, w2, given.factor(rank)),), rank, zero, reads_alpha=True)
 
 
@@ -348,6 +351,13 @@ _IN_FILES = {"down": "lora_A (or lora_down)", "up": "lora_B (or lora_up)"}
 def _rank(part: Part) -> int:
     """The rank of a factor whose rows are the rank's."""
     return _matrix(part).shape[0]
+
+
+def _check_rank(layer: Layer, part: Part, rank: int) -> None:
+    """No matrix has a higher rank than it has rows or columns; of a fused layer, each part may have its own factors."""
+    most = sum(min(rows.stop - rows.start, layer.shape[1]) for rows in layer.weight)
+    if rank > most:
+        raise FormatError(f"{part.key!r} has rank {rank:,}, {_needs(layer)} and so at most rank {most:,}")
 
 
 def _matrix(part: Part) -> Tensor:

@@ -18,7 +18,7 @@ from flux_lora.lora.formats.names import Name, Names
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _INTEGERS = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
-_NUMBERS = ("alpha", "oft_scaled")
+NUMBERS = ("alpha", "oft_scaled")
 """Parts that are one number of any type, and are judged where they are used."""
 
 _GUIDANCE = re.compile(r"(time_text_embed[._]guidance_embedder|guidance_in)[._]")
@@ -31,6 +31,8 @@ _UNUSED = re.compile(
 
 _WORD = re.compile(r"bundle_emb\.(.+?)\.(clip_[lg]|t5|t5xxl|string_to_param|[^.]+$).*")
 _LISTED_KEYS = 8
+_PIECE = 2**22
+"""Numbers that are judged at a time: float8 becomes four times as large for it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def account_for(header: Header, shapes: Shapes) -> tuple[dict[str, Name], dict[s
     }
     for key, name in names.items():
         kind = header.tensors[key].dtype
-        if kind not in _FLOATS and not (name.part in _NUMBERS and kind in _INTEGERS):
+        if kind not in _FLOATS and not (name.part in NUMBERS and kind in _INTEGERS):
             raise FormatError(f"{key!r} has the type {kind}, from which no update can be computed")
     return names, ignored
 
@@ -147,7 +149,7 @@ def load(path: Path, names: Mapping[str, Name]) -> tuple[list[LayerParts], dict[
     layers = [
         LayerParts(samples[*layer, stem], parts, parts.pop("alpha", None))
         for layer, by_stem in spellings.items()
-        for stem, parts in _separate(by_stem).items()
+        for stem, parts in separate(by_stem).items()
     ]
     stray = [key for layer in layers if not layer.parts for key in layer.keys]
     layers = [layer for layer in layers if layer.parts]
@@ -157,24 +159,32 @@ def load(path: Path, names: Mapping[str, Name]) -> tuple[list[LayerParts], dict[
 
 
 def _part(key: str, tensor: Tensor, name: Name) -> Part:
-    if name.part in _NUMBERS or not tensor.numel():
+    if name.part in NUMBERS or not tensor.numel():
         return Part(key, tensor)
-    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has few operations of its own
-    extremes = torch.stack(numbers.aminmax()).float()  # many times faster than isfinite of each
+    extremes = _extremes(tensor)
     if not extremes.isfinite().all():
         raise FormatError(f"{key!r} holds NaN or numbers that are infinite in float32")
     return Part(key, tensor, zero=not extremes.any())
 
 
-def _separate(spellings: Mapping[str, dict[str, Part]]) -> dict[str, dict[str, Part]]:
+def _extremes(tensor: Tensor) -> Tensor:
+    """Its smallest and largest numbers, or NaN, in float32: many times faster than to ask of each if it is finite."""
+    found = []
+    for piece in torch.split(tensor.flatten(), _PIECE):
+        numbers = piece.float() if piece.element_size() == 1 else piece  # float8 has few operations of its own
+        found.append(torch.stack(numbers.aminmax()).float())
+    return torch.cat(found)
+
+
+def separate(spellings: Mapping[str, dict[str, Part]]) -> dict[str, dict[str, Part]]:
     """The parts of one layer by how its name is spelled; spellings that complete each other are one.
 
     Raises:
         FormatError: two spellings share some parts only.
     """
-    separate: dict[str, dict[str, Part]] = {}
+    apart: dict[str, dict[str, Part]] = {}
     for stem, parts in sorted(spellings.items(), key=lambda item: -len(item[1])):
-        for known in separate.values():
+        for known in apart.values():
             shared = parts.keys() & known.keys()
             if shared - {"alpha"} and parts.keys() - {"alpha"} != known.keys() - {"alpha"}:
                 part = min(shared - {"alpha"})
@@ -183,8 +193,8 @@ def _separate(spellings: Mapping[str, dict[str, Part]]) -> dict[str, dict[str, P
                 known |= parts
                 break
         else:
-            separate[stem] = dict(parts)
-    return separate
+            apart[stem] = dict(parts)
+    return apart
 
 
 def _two_names(one: Part, other: Part) -> FormatError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flux_lora.checkpoint.header import shown
+from flux_lora.checkpoint.header import MAX_NAME_LENGTH, shown
 from flux_lora.errors import FormatError
 from flux_lora.lora.rotations import BY_DEFAULT, PeftOft
 
@@ -96,7 +96,8 @@ def _oft(settings: Mapping[str, Any]) -> PeftOft:
 
 def _matchers(alphas: Mapping[str, float]) -> tuple[tuple[Callable[[str], object], float], ...]:
     for pattern in alphas:
-        if not _PATTERN.fullmatch(pattern) or pattern.count(".*") > _MAX_WILDCARDS:
+        too_long = len(pattern) > MAX_NAME_LENGTH  # compiling an expression of 100 kB takes a second
+        if too_long or not _PATTERN.fullmatch(pattern) or pattern.count(".*") > _MAX_WILDCARDS:
             raise FormatError(f"its alpha pattern {shown(pattern)} is not a layer's name")
     if len(alphas) > _MAX_PATTERNS or sum(".*" in pattern for pattern in alphas) > _MAX_PATTERNS_WITH_WILDCARDS:
         raise FormatError(

@@ -6,10 +6,13 @@ import secrets
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from flux_lora.errors import RequestError
+
+Wanted = tuple[str | None, float]
+"""A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale."""
 
 AspectRatio = Literal["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"]
 Model = Literal["dev", "schnell"]
@@ -178,6 +181,23 @@ class Request(BaseModel):
         if self.aspect_ratio == "custom" and missing:
             raise ValueError(f"aspect_ratio 'custom' needs width and height: give {' and '.join(missing)} too")
         return self
+
+    _more: tuple[Wanted, ...] = PrivateAttr(default=())
+
+    def with_more(self, *adapters: Wanted) -> Self:
+        """The same request with further fine-tunes, for which the documented interface has no input.
+
+        Args:
+            adapters: (source, scale) of each; all are merged at once, and their order does not matter.
+        """
+        wider = self.model_copy()
+        wider._more = (*self._more, *adapters)
+        return wider
+
+    @property
+    def adapters(self) -> tuple[Wanted, ...]:
+        """What is to be merged: the fine-tune of ``replicate_weights`` and ``lora_scale`` first, then any others."""
+        return (self.replicate_weights, self.lora_scale), *self._more
 
     @property
     def adapters(self) -> tuple[tuple[str | None, float], ...]:

@@ -223,3 +223,19 @@ def test_schnell_with_the_default_of_dev_says_that_four_steps_are_enough() -> No
     assert any("try num_inference_steps=4" in note for note in Request.parse(prompt="a", model="schnell").notes)
     assert not Request.parse(prompt="a", model="schnell", num_inference_steps=4).notes
     assert not Request.parse(prompt="a").notes
+
+
+def test_one_fine_tune_is_asked_for():
+    assert parse().adapters == ((None, 1.0),)
+    assert parse(replicate_weights="owner/name", lora_scale=0.5).adapters == (("owner/name", 0.5),)
+
+
+def test_further_fine_tunes_are_no_documented_input():
+    request = parse(lora_scale=0.5)
+    wider = request.with_more(("loras/style.safetensors", 0.8)).with_more(("owner/name", -1.0), (None, 0.1))
+    assert wider.adapters == ((None, 0.5), ("loras/style.safetensors", 0.8), ("owner/name", -1.0), (None, 0.1))
+    assert request.adapters == ((None, 0.5),)
+    assert wider != request
+    assert wider.model_dump() == request.model_dump()
+    for name in ("_more", "more", "adapters"):
+        assert f"{name!r} is not an input" in refusal(**{name: ()})

@@ -237,3 +237,113 @@ def test_a_strength_beyond_float32_is_refused_and_leaves_no_trace(tmp_path: Path
         assert same_bits(module, base)
         served.bring([(adapter, 1.0)])
         assert same_bits(module, strong)
+
+
+# Several at once, of every kind: those whose ΔW depends on the base weights take it from the pristine ones
+
+LAYER = "transformer_blocks.0.attn.to_q"
+FUSED = "double_blocks.0.img_attn.qkv"
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Adapter, dict[str, torch.Tensor]]]:
+    """One file of each algorithm that updates the same layer, and its tensors in float64."""
+    torch.manual_seed(0)
+    folder, width = tmp_path_factory.mktemp("kinds"), load(torch.float32).state_dict()[f"{LAYER}.weight"].shape[0]
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape) / 16).bfloat16()
+
+    def low_rank(rank: int, rows: int) -> dict[str, torch.Tensor]:
+        return {"lora_A.weight": numbers(rank, width), "lora_B.weight": numbers(rows, rank)}
+
+    parts = {
+        "LoRA": low_rank(4, width),
+        "fused LoRA": low_rank(2, 3 * width),
+        "DoRA": low_rank(3, width) | {"dora_scale": numbers(width, 1).abs() + 1},
+        "LoKr": {"lokr_w1": numbers(8, 8), "lokr_w2": numbers(width // 8, width // 8)},
+        "OFT": {"oft_R.weight": numbers(width // 8, 28)},
+        "whole": {"modules_to_save.weight": numbers(width, width)},
+    }
+    shapes = {"transformer": merged(load(torch.float32)).shapes}
+    kinds = {}
+    for name, tensors in parts.items():
+        layer = f"diffusion_model.{FUSED}" if name == "fused LoRA" else f"transformer.{LAYER}"
+        save_file({f"{layer}.{part}": tensor for part, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        adapter = read(folder / f"{name}.safetensors", shapes)
+        kinds[name] = (adapter, {part: tensor.double() for part, tensor in tensors.items()})
+    return kinds
+
+
+def by_hand(kind: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW in float64."""
+    match kind:
+        case "LoRA":
+            return tensors["lora_B.weight"] @ tensors["lora_A.weight"]
+        case "fused LoRA":
+            return (tensors["lora_B.weight"] @ tensors["lora_A.weight"])[: len(weight)]
+        case "DoRA":
+            moved = weight + tensors["lora_B.weight"] @ tensors["lora_A.weight"]
+            return tensors["dora_scale"] * moved / moved.norm(dim=1, keepdim=True) - weight
+        case "LoKr":
+            return torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
+        case "OFT":
+            rows, columns = torch.triu_indices(8, 8, 1)
+            skew = torch.zeros(len(tensors["oft_R.weight"]), 8, 8, dtype=torch.float64)
+            skew[:, rows, columns] = tensors["oft_R.weight"]
+            skew = skew - skew.transpose(1, 2)
+            power = torch.linalg.matrix_power
+            turned = torch.eye(8) + 2 * skew + 2 * power(skew, 2) + 2 * power(skew, 3) + power(skew, 4)
+            return weight @ torch.block_diag(*turned).T - weight
+    return tensors["modules_to_save.weight"] - weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["LoRA", "DoRA", "LoKr"],
+        ["DoRA", "OFT"],
+        ["LoRA", "fused LoRA"],
+        ["LoRA", "fused LoRA", "DoRA", "LoKr", "OFT", "whole"],
+    ],
+    ids=", ".join,
+)
+def test_each_of_several_updates_is_taken_from_the_pristine_weight(
+    names: list[str], dtype: torch.dtype, kinds: dict[str, tuple[Adapter, dict[str, torch.Tensor]]]
+) -> None:
+    """And their sum is rounded once."""
+    module = load(dtype)
+    pristine = module.state_dict()[f"{LAYER}.weight"].double()
+    scales = {name: [0.5, -0.25, 0.75, 1.5, 0.3, 0.1][index] for index, name in enumerate(names)}
+    merged(module).bring([(kinds[name][0], scale) for name, scale in scales.items()])
+    changes = [scale * by_hand(name, kinds[name][1], pristine) for name, scale in scales.items()]
+    exact = pristine + sum(changes)
+    unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().clamp_min(1e-30).log2().floor()
+    terms = sum(change.abs().max() for change in changes) + pristine.abs().max()
+    error = (module.state_dict()[f"{LAYER}.weight"].double() - exact).abs()
+    assert (error <= 0.501 * unit + 1e-6 * terms).all()
+
+
+def test_any_set_in_any_order_after_any_history_is_a_fresh_start(
+    kinds: dict[str, tuple[Adapter, dict[str, torch.Tensor]]], adapters: list[Adapter]
+) -> None:
+    everything = [*(adapter for adapter, _ in kinds.values()), *adapters]
+    chance = random.Random(0)
+    travelled = load(torch.bfloat16)
+    state, pristine = merged(travelled), bits(travelled)
+    for _ in range(25):
+        chosen = [
+            (adapter, chance.choice([-1.0, 0.0, 0.3, 1.0, 2.0]))
+            for adapter in chance.sample(everything, chance.randrange(6))
+        ]
+        if chosen and chance.random() < 0.3:
+            chosen.append((chosen[0][0], 0.25))  # one fine-tune twice
+        state.bring(chosen)
+        fresh = load(torch.bfloat16)
+        chance.shuffle(chosen)
+        merged(fresh).bring(chosen)
+        assert same_bits(travelled, bits(fresh))
+    state.bring([(adapter, 0.0) for adapter in everything])
+    assert same_bits(travelled, pristine)
+    assert state.state == ()

@@ -643,6 +643,20 @@ def test_a_civitai_page_without_a_version_for_flux_1_lists_those_it_has(sources:
     ) in str(caught.value)
 
 
+def test_files_that_the_operator_laid_beside_the_fine_tune_are_sources_by_name(
+    sources: Sources, lora: bytes, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights"
+    (weights / "loras").mkdir(parents=True)
+    (weights / "loras" / "ink and water.safetensors").write_bytes(lora)
+    for spelled in ("loras/ink and water.safetensors", "./loras/ink and water.safetensors"):
+        assert sources.fetch(spelled, root=weights) == weights / "loras" / "ink and water.safetensors"
+    with pytest.raises(SourceError, match="'loras/oil.safetensors' cannot be fetched: there is no such file"):
+        sources.fetch("loras/oil.safetensors", root=weights)
+    with pytest.raises(SourceError, match="it is a directory; name a file in it"):
+        sources.fetch("loras", root=weights)
+
+
 def test_civitai_login_page(make_sources: Callable[..., Sources], internet: Internet, lora: bytes) -> None:
     serve_civitai(internet, lora)
     internet.serve("https://civitai.com/api/download/models/222", redirect("/login?returnUrl=x", 307))

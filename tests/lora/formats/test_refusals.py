@@ -86,6 +86,23 @@ def test_a_lora_for_another_model_is_named(model: str, tmp_path: Path) -> None:
         ("a whole checkpoint", "transformer_blocks.0.attn.to_q.weight", (32, 32)),
         ("a whole checkpoint", "double_blocks.0.img_attn.qkv.weight", (96, 32)),
         ("a textual inversion", "clip_l", (1, 768)),
+        ("an IP-Adapter", "image_proj.proj.weight", (4, 4)),
+        ("an IP-Adapter", "ip_adapter.0.to_k_ip.weight", (4, 4)),
+        ("PuLID", "pulid_ca.0.to_kv.weight", (4, 4)),
+        ("PuLID", "pulid_encoder.latents", (4, 4)),
+        ("EasyControl", "transformer_blocks.0.attn.processor.q_loras.0.down.weight", (4, 32)),
+        ("EasyControl", "single_transformer_blocks.3.attn.processor.v_loras.0.up.weight", (32, 4)),
+        ("a control LoRA", "lora_controlnet", (1,)),
+        ("a control LoRA", "diffusion_model.img_in.reshape_weight", (2,)),
+        ("Flex.2", "transformer.x_embedder.lora_A.weight", (4, 49)),
+        ("a LoRA in DiffSynth's own names", "blocks.0.attn.a_to_qkv.lora_A.default.weight", (4, 32)),
+        ("a LoRA in DiffSynth's own names", "blocks.18.norm1_b.linear.lora_B.default.weight", (4, 32)),
+        ("a LoRA in DiffSynth's own names", "single_blocks.0.to_qkv_mlp.lora_A.default.weight", (4, 32)),
+        ("a LoRA in nunchaku's own format", "transformer_blocks.0.mlp_fc1.lora_down", (32, 4)),
+        ("a LoRA in nunchaku's own format", "single_transformer_blocks.0.qkv_proj.lora_up", (32, 4)),
+        ("a LoRA of mflux 0.x", "transformer.transformer_blocks.0.attn.to_k.lora_A", (4, 32)),
+        ("an OFT adapter of PEFT before 0.16", "transformer.transformer_blocks.0.attn.to_k.oft_r", (4, 8, 8)),
+        ("a VeRA adapter", "transformer.transformer_blocks.0.attn.to_k.vera_lambda_b", (32,)),
         ("a GLoRA adapter", "lycoris_transformer_blocks_0_attn_to_q.a1.weight", (4, 4)),
         ("an (IA)³ adapter", "lycoris_transformer_blocks_0_attn_to_q.on_input", ()),
     ],
@@ -94,6 +111,59 @@ def test_what_is_no_lora_is_named(what: str, key: str, shape: Shape, tmp_path: P
     message = refusal(tmp_path, GOOD | {key: torch.zeros(shape)})
     assert what in message
     assert key in message
+
+
+ADVICE = {
+    "pulid_ca.0.to_kv.weight": "Only text is taken here, so use a LoRA that needs no more.",
+    "transformer.x_embedder.lora_A.weight": "Only text is taken here, so use a LoRA that needs no more.",
+    "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "Only text is taken here",
+    "blocks.0.attn.a_to_qkv.lora_A.default.weight": "Train or save it with --align_to_opensource_format",
+    "transformer_blocks.0.mlp_fc1.lora_down": "Use the LoRA that it was made from",
+    "transformer.transformer_blocks.0.attn.to_k.lora_A": "end in .lora_A.weight and .lora_B.weight",
+    "clip_l": "Use the LoRA that was trained beside it, or one without new words.",
+    "lycoris_transformer_blocks_0_attn_to_k.a1.weight": "Merge it with its trainer and extract a LoRA",
+    "transformer_blocks.0.attn.to_q.weight": "Extract a LoRA from it",
+    "diffusion_model.distilled_guidance_layer.layers.0.in_layer.lora_A.weight": "use its version for FLUX.1, if",
+    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight": "use its version for FLUX.1, if",
+}
+
+
+@pytest.mark.parametrize("key", ADVICE)
+def test_who_is_refused_is_told_what_to_do(key: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, {key: torch.ones(4, 32)})
+    assert f". {ADVICE[key]}" in message or ADVICE[key] in message.rpartition(". ")[2]
+    assert len(message) < 600
+
+
+def test_what_only_kontext_has_is_named(tmp_path: Path) -> None:
+    metadata = {"ss_base_model_version": "flux_kontext"}
+    message = refusal(tmp_path, GOOD | {"transformer.reference_embedder.lora_A.weight": torch.ones(2, 32)}, metadata)
+    assert "it looks like an adapter for FLUX.1 Kontext; 1 of its 3 keys are not known" in message
+    assert message.endswith(
+        "LoRAs for Kontext are taken as far as FLUX.1-dev has the same layers; this one needs Kontext."
+    )
+
+
+@pytest.mark.parametrize("word", ["<subject>", "my.word", "a" * 200])
+def test_bundled_words_are_named_with_the_way_out(word: str, tmp_path: Path) -> None:
+    """As modules/modelSaver/flux/FluxLoRASaver.py of Nerogar/OneTrainer writes them."""
+    words = {f"bundle_emb.{word}.{end}": torch.ones(2, 16) for end in ("clip_l", "t5", "t5_out")}
+    message = refusal(tmp_path, GOOD | words)
+    assert "it teaches the text encoders new words ('" in message
+    assert word[:20] in message
+    assert (
+        "switch off OneTrainer's 'Bundle Embeddings' and save it again, or remove its keys that begin with" in message
+    )
+    assert "inversion" not in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.unknown."])
+def test_what_a_trainer_did_not_gather_is_named(prefix: str, tmp_path: Path) -> None:
+    empty = {f"{prefix}transformer_blocks.0.attn.to_q.lora_{end}.weight": torch.ones(0) for end in "AB"}
+    message = refusal(tmp_path, empty)
+    assert "2 of its 2 tensors have shape [0]" in message
+    assert "its trainer saved nothing there, which happens with DeepSpeed's ZeRO-3" in message
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flux_lora import rules
 from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside
 from flux_lora.checkpoint import download
@@ -37,6 +38,7 @@ from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.speed import attention, compilation, profiles, projections
 from flux_lora.speed.profiles import Profile
+from flux_lora.wording import say
 
 WARM_UP_SIZE = SIZES["16:9"]
 """Its sides differ, so that compiled code takes neither for the other."""
@@ -48,7 +50,7 @@ Open = Callable[[Path, torch.dtype], Checkpoints]
 def assemble(
     settings: Settings,
     fine_tune: str | None = None,
-    log: Log = print,
+    log: Log = say,
     *,
     open_weights: Open = open_directory,
     room: Room | None = None,
@@ -125,6 +127,7 @@ def assemble(
             outputs=outputs,
             environments=environments,
             schedule=profile.schedule,
+            allow=lambda request: rules.check(request, settings),
             log=log,
         )
     )

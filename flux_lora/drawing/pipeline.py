@@ -63,6 +63,10 @@ class Encoding(Protocol):
 class Tokenizer(Protocol):
     """A tokenizer of transformers."""
 
+    @property
+    def model_max_length(self) -> int:
+        """How many tokens its model reads."""
+
     def __call__(self, text: str, *, return_offsets_mapping: bool = False, verbose: bool = True) -> Encoding:
         """Split a text into tokens."""
 
@@ -92,6 +96,10 @@ class Pipeline(Protocol):
     @property
     def vae(self) -> Any:
         """An `Autoencoder` that is also a module."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's."""
 
     @property
     def tokenizer_2(self) -> Tokenizer:

@@ -204,20 +204,27 @@ def test_a_lost_slot_comes_back_and_what_cog_keeps_of_predictions_goes(serve):
     server = serve()
     server.wait_for("Ready")
     made = [server.predict("a tomato").json()["id"] for _ in range(3)]
-    left = [cogs_folder.PREDICTIONS / name for name in made if (cogs_folder.PREDICTIONS / name).exists()]
-    assert left == [cogs_folder.PREDICTIONS / made[-1]]  # Cog may still read it
+    wait_until(lambda: left(made) == made[-1:], server)  # Cog may still read the last one's
     worker = server.worker()
     assert server.predict("a tomato", name="x" * 300).json()["status"] == "failed"
     server.wait_for("started again: PermitInUse dropped")
     wait_until_gone([worker])
-    deadline = time.monotonic() + 30
-    while server.output.count("Ready at") < 2:
-        assert time.monotonic() < deadline, server.output
-        time.sleep(0.05)
+    wait_until(lambda: server.output.count("Ready at") == 2, server)
     assert server.predict("a tomato").json()["output"] == "a tomato"
     server.process.terminate()
     assert server.ended() == 0
-    assert not any((cogs_folder.PREDICTIONS / name).exists() for name in made)
+    assert left(made) == []
+
+
+def left(predictions):
+    return [name for name in predictions if (cogs_folder.PREDICTIONS / name).exists()]
+
+
+def wait_until(condition, server):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, server.output
+        time.sleep(0.05)
 
 
 def test_a_call_for_shutdown_is_named(serve):

@@ -75,7 +75,9 @@ class Server:
             self.lifeline.write(b"ended\n")
 
 
-def start(predictor: Path, schema: Path, host: str, port: int, upload_url: str | None, settings: Mapping[str, str]) -> Server:
+def start(
+    predictor: Path, schema: Path, host: str, port: int, upload_url: str | None, settings: Mapping[str, str]
+) -> Server:
     """Start Cog's server.
 
     Args:

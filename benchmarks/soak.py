@@ -59,7 +59,11 @@ class Target:
     url: str
     temporary: Path
     worker: psutil.Process
+    command: subprocess.Popen[bytes] | None = None
+    """``scripts/serve``, where this started it."""
     witness: str = ""
+    plan: str = ""
+    """The memory plan that drew the witness; the file names it."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def send(self, body: object, path: str = "/predictions", method: str = "POST", **how: Any) -> httpx.Response:
@@ -94,9 +98,10 @@ class Target:
         if answer["status"] != "succeeded":
             raise SoakError(f"the witness failed: {answer.get('error')}")
         picture = answer["output"][0]
-        self.witness = self.witness or picture
+        plan = answer["metrics"]["memory_plan"]
+        self.witness, self.plan = self.witness or picture, self.plan or plan
         if picture != self.witness:
-            raise SoakError("the witness has changed")
+            raise SoakError(f"the witness has changed, drawn under the memory plan {plan}, at first {self.plan}")
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Memory in bytes, descriptors, threads, and files in the temporary directory."""
@@ -250,7 +255,7 @@ def serving(folder: Path, prefix: Sequence[str] = (), **environment: str) -> Ite
                 raise SoakError(f"the server ended: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.1)
         below = psutil.Process(process.pid).children(recursive=True)
-        yield Target(url, folder / "tmp", max(below, key=lambda each: each.memory_info().rss))
+        yield Target(url, folder / "tmp", max(below, key=lambda each: each.memory_info().rss), process)
     finally:
         process.terminate()
         process.wait(HANG_SECONDS)
@@ -273,11 +278,11 @@ def kills(folder: Path, count: int, witness: str) -> str:
             target.send({"input": LONG}, f"/predictions/kill-{number}", "PUT", Prefer="respond-async")
             time.sleep(random.Random(number).random())
             target.worker.kill()
-            deadline = time.monotonic() + 30
-            while _ready(target.url):
-                if time.monotonic() > deadline:
-                    raise SoakError("the server goes on without the process that draws")
-                time.sleep(0.1)
+            try:
+                if target.command:
+                    target.command.wait(30)
+            except subprocess.TimeoutExpired:
+                raise SoakError("the server goes on without the process that draws") from None
         said = (folder / f"kill-{number}" / "log").read_text()
         if "error: The process that draws has died" not in said:
             raise SoakError(f"the server ended without its reason: {said[-300:]}")

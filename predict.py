@@ -18,7 +18,10 @@ class Predictor(BaseRunner):
         """Load the models; ``weights`` is the fine-tune that ``COG_WEIGHTS`` names, a path or a URL."""
         from flux_lora.assembly import assemble
         from flux_lora.settings import Settings
+        from flux_lora.wording import say
 
+        for note in Settings.notes():
+            say(note)
         self.generator = assemble(Settings.from_environment(), fine_tune=None if weights is None else str(weights))
 
     def healthcheck(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flux_lora import rules
 from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside
 from flux_lora.checkpoint import download
@@ -38,6 +39,7 @@ from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.speed import attention, blocks, compilation, kernels, profiles, projections
 from flux_lora.speed.profiles import Profile
+from flux_lora.wording import say
 
 WARM_UP_SIZE = SIZES["16:9"]
 """Its sides differ, so that compiled code takes neither for the other."""
@@ -49,7 +51,7 @@ Open = Callable[[Path, torch.dtype], Checkpoints]
 def assemble(
     settings: Settings,
     fine_tune: str | None = None,
-    log: Log = print,
+    log: Log = say,
     *,
     open_weights: Open = open_directory,
     room: Room | None = None,
@@ -139,6 +141,7 @@ def assemble(
             outputs=outputs,
             environments=environments,
             schedule=profile.schedule,
+            allow=lambda request: rules.check(request, settings),
             log=log,
         )
     )

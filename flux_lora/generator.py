@@ -68,6 +68,8 @@ class Parts:
     """By model: what may change its pictures although the request is the same."""
     schedule: step_cache.Schedule | None
     """Of the steps that are extrapolated; None: every step is computed."""
+    allow: Callable[[Request], None]
+    """Raises `RequestError` for what the operator does not allow."""
     log: Log
 
 
@@ -91,6 +93,7 @@ class Generator:
         Raises:
             FluxLoraError: the request cannot be drawn, or all of its images were withheld.
         """
+        self.parts.allow(request)
         memory, environment = self.parts.memory, next(iter(self.parts.environments.values()))
         ledger = Ledger(record, self.parts.log)
         images: list[Future[Finished]] = []

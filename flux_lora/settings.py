@@ -1,5 +1,7 @@
 """What the operator chose: the only place that reads environment variables."""
 
+import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,6 +15,22 @@ GIB = 1024**3
 
 ProfileName = Literal["eager", "exact", "balanced", "fast"]
 PlanName = Literal["resident", "alternating", "offload-text", "quantized", "streamed"]
+
+
+GUARDED = ("safety_threshold", "allow_disable_safety_checker", "embed_parameters")
+"""Settings that a mistyped name must not leave at their defaults: safety and privacy hang on them."""
+
+GUARDED_WORDS = ("SAFETY", "EMBED", "TOKEN")
+"""What else stops the start when it stands in a name that no setting has."""
+
+
+def _cache(name: str) -> Path:
+    try:
+        return Path.home() / ".cache" / "flux-lora" / name
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        raise SettingsError(
+            "There is no home directory, where caches would be kept: name folders in FLUX_CACHE and FLUX_ADAPTER_CACHE."
+        ) from None
 
 
 def _with_unit(value: object) -> object:
@@ -44,7 +62,7 @@ class Settings(BaseSettings):
     profile: ProfileName | None = None
     """What is done for speed (``profiles.py``); unset: ``exact`` on a CUDA device, ``eager`` elsewhere."""
 
-    cache: Path = Path.home() / ".cache" / "flux-lora" / "speed"
+    cache: Path = Field(default_factory=lambda: _cache("speed"))
     """Where compiled code and measured choices are kept for the next process."""
 
     memory_budget: Annotated[ByteSize, BeforeValidator(_with_unit)] | None = None
@@ -55,6 +73,12 @@ class Settings(BaseSettings):
 
     prompt_cache: int = Field(default=16, ge=0, le=4096)
     """How many encoded prompts are kept."""
+
+    max_prompt: int = Field(default=100_000, ge=1)
+    """Most characters of a prompt."""
+
+    allow_disable_safety_checker: bool = True
+    """Whether a request may switch the safety checker off."""
 
     embed_parameters: bool = True
     """Write prompt and parameters into the files; the mark that they are AI-generated is always written."""
@@ -71,7 +95,7 @@ class Settings(BaseSettings):
     safety_threshold: float | None = Field(default=None, ge=0, le=1)
     """Score from which an image is withheld; unset: the calibrated threshold of the checker in use."""
 
-    adapter_cache: Path = Path.home() / ".cache" / "flux-lora" / "adapters"
+    adapter_cache: Path = Field(default_factory=lambda: _cache("adapters"))
     """Where downloaded LoRAs are kept."""
 
     adapter_cache_bytes: int = Field(default=20 * GIB, ge=0)
@@ -115,13 +139,49 @@ class Settings(BaseSettings):
         """Read the environment.
 
         Raises:
-            SettingsError: a variable has a value that cannot be used; the message names it.
+            SettingsError: a variable has a value that cannot be used, or a name that is nearly that of a setting on
+                which safety or privacy hangs; the message names it.
         """
+        for sentence, hint in map(_not_a_setting, filter(_is_guarded, _unknown())):
+            raise SettingsError(f"{sentence}, and safety or privacy may hang on it: take it out or correct it.{hint}")
         try:
             return cls()
         except ValidationError as error:
             problems = "; ".join(f"{_variable(p['loc'])}={p['input']!s:.60}: {p['msg']}" for p in error.errors())
             raise SettingsError(f"The environment holds settings that cannot be used: {problems}.") from None
+
+    @classmethod
+    def notes(cls) -> list[str]:
+        """A sentence for each ``FLUX_`` variable in the environment that is no setting."""
+        return [f"{sentence}, and so ignored.{hint}" for sentence, hint in map(_not_a_setting, _unknown())]
+
+
+def _known() -> dict[str, str]:
+    """The settings' variables without their prefix, and the names of the settings."""
+    return {name.upper(): name for name, field in Settings.model_fields.items() if not field.validation_alias}
+
+
+def _unknown() -> list[str]:
+    """The ``FLUX_`` variables that are set and no settings, whose case does not count."""
+    given = (name for name, value in os.environ.items() if value and name.upper().startswith("FLUX_"))
+    return sorted(name for name in given if name.upper().removeprefix("FLUX_") not in _known())
+
+
+def _nearest(variable: str) -> str | None:
+    close = difflib.get_close_matches(variable.upper().removeprefix("FLUX_"), _known(), n=1)
+    return _known()[close[0]] if close else None
+
+
+def _is_guarded(variable: str) -> bool:
+    return _nearest(variable) in GUARDED or any(word in variable.upper() for word in GUARDED_WORDS)
+
+
+def _not_a_setting(variable: str) -> tuple[str, str]:
+    nearest = _nearest(variable)
+    return (
+        f"The environment variable {variable!r} is no setting",
+        f" Did you mean {_variable((nearest,))}?" if nearest else "",
+    )
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

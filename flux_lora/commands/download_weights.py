@@ -10,6 +10,7 @@ from flux_lora.errors import FluxLoraError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
 from flux_lora.storage import replacing, sha256_of
+from flux_lora.wording import complain
 
 DESCRIPTION = """\
 Fetch weights into the weights directory (FLUX_WEIGHTS, default: weights).
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         settings = operator_settings()
+        for note in Settings.notes():
+            complain(note)
         if options.lora is not None:
             _fetch_lora(options.lora, settings)
         if options.names:
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             download.fetch(settings, options.names)
     except FluxLoraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", file=sys.stderr)

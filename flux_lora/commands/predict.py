@@ -12,13 +12,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
+from flux_lora import rules
 from flux_lora.commands import drawing_settings
-from flux_lora.commands.terminal import printable
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.request import MODELS, Request, documented_inputs
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
+from flux_lora.wording import complain, printable
 
 OUTPUTS = Path("outputs")
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _predict(options)
     except FluxLoraError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        complain(f"error: {error}")
         if options.json is not None and not isinstance(error, OutputError):
             _write_json({"status": "failed", "error": str(error)}, options.output)
         return 1
@@ -61,6 +62,7 @@ def _predict(options: argparse.Namespace) -> int:
     settings = drawing_settings()
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
         settings = settings.model_copy(update={"request_tokens": True})
+    rules.check(request, settings)
     fine_tune = settings.cog_weights
     if source and "replicate_weights" not in inputs:
         fine_tune = None
@@ -74,7 +76,7 @@ def _predict(options: argparse.Namespace) -> int:
         files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
-        print(f"{written[0]}: {printable(redraw.compare(written[0], original, source))}", file=sys.stderr)
+        complain(f"{written[0]}: {redraw.compare(written[0], original, source)}")
     if options.json is None:
         print(*written, sep="\n")
     else:
@@ -217,6 +219,7 @@ def _copied(file: Path, target: Path, mode: Literal["xb", "wb"]) -> bool:
 
 def _write_json(response: Mapping[str, Any], output: Path | None) -> None:
     text = json.dumps(response, indent=2, ensure_ascii=False)
+    text = re.sub(r"[^\n -~]", _escape_unprintable, text)
     if output is None or output.is_dir():
         print(text)
         return
@@ -224,6 +227,11 @@ def _write_json(response: Mapping[str, Any], output: Path | None) -> None:
         output.with_suffix(".json").write_text(text + "\n")
     except OSError as error:
         raise OutputError(f"{output.with_suffix('.json')} cannot be written: {error.strerror}.") from None
+
+
+def _escape_unprintable(found: re.Match[str]) -> str:
+    """As JSON does with those control characters that it knows."""
+    return found[0] if printable(found[0]) == found[0] else json.dumps(found[0])[1:-1]
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flux_lora.commands.terminal import printable
 from flux_lora.errors import FluxLoraError, SettingsError
 from flux_lora.files import provenance, signing, xmp
 from flux_lora.files.provenance import Traces
 from flux_lora.files.record import Environment, Lora, Parameters
+from flux_lora.wording import complain, printable
 
 SOURCE_TYPES = {
     xmp.AI_GENERATED: "made by a model",
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             whole &= _show_json(path) if options.json else _show(path)
         except FluxLoraError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            complain(f"error: {error}")
             whole = False
     return 0 if whole else 1
 
@@ -58,7 +58,7 @@ def _show(path: Path) -> bool:
     lines.append(("mark", SOURCE_TYPES.get(found.source_type or "", found.source_type or "none")))
     lines.append(("signature", signature or "none"))
     for label, text in lines:
-        indented = printable(text).replace("\n", "\n" + " " * (LABEL_WIDTH + 2))
+        indented = printable(text, lines=True).replace("\n", "\n" + " " * (LABEL_WIDTH + 2))
         print(f"  {label:{LABEL_WIDTH}}{indented}")
     return found.parameters is not None
 

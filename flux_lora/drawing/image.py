@@ -1,13 +1,14 @@
 """One image by a pipeline: embeddings and seed -> latents -> pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux_lora.drawing import strips
+from flux_lora.drawing import progress, strips
 from flux_lora.drawing.latents import crop_centre, drawable, initial_noise, pack, unpack
 from flux_lora.drawing.pipeline import Pipeline
 from flux_lora.drawing.prompts import Embeddings
@@ -36,15 +37,17 @@ def denoise(
         size: width and height in pixels.
         steps: of the scheduler, exactly.
         guidance: ignored by a transformer without guidance input.
-        title: of the progress bar.
+        title: of what is drawn, for the log.
         after_step: called after each step with its number from 1 and the latents of then, packed as tokens
             (1, h/2·w/2, 4C); what it raises ends the drawing and comes out of here.
 
     Raises:
         DrawingError: the model's output is not finite.
     """
+    show = progress.printer()
 
     def call_after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        show(step + 1, steps, title)
         if after_step:
             after_step(step + 1, tensors["latents"])
         return {}
@@ -53,7 +56,7 @@ def denoise(
     width, height = (drawable(length, grid=2 * compression) for length in size)  # 2: the packing
     rows, columns = height // compression, width // compression
     noise = initial_noise(seed, pipeline.transformer.config.in_channels // 4, rows, columns)
-    pipeline.set_progress_bar_config(desc=title, leave=False)
+    pipeline.progress_bar = _no_bar
     tokens = pipeline(
         prompt_embeds=embeddings.tokens,
         pooled_prompt_embeds=embeddings.pooled,
@@ -63,7 +66,7 @@ def denoise(
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",
-        callback_on_step_end=call_after_step if after_step else None,
+        callback_on_step_end=call_after_step,
     ).images
     if not torch.isfinite(tokens).all():
         raise DrawingError(
@@ -77,6 +80,17 @@ def image_tokens(pipeline: Pipeline, size: tuple[int, int]) -> int:
     """How many tokens the transformer sees of an image of a size, width and height in pixels."""
     patch = 2 * pipeline.vae_scale_factor  # 2: the packing
     return (drawable(size[0], patch) // patch) * (drawable(size[1], patch) // patch)
+
+
+class _NoBar:
+    def update(self) -> None:
+        pass
+
+
+@contextmanager
+def _no_bar(*_: Any, **__: Any) -> Iterator[_NoBar]:
+    """In place of tqdm's bar, which a cancelled prediction interrupts anywhere, and which then prints a traceback."""
+    yield _NoBar()
 
 
 @torch.no_grad()

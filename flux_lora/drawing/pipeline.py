@@ -63,6 +63,10 @@ class Encoding(Protocol):
 class Tokenizer(Protocol):
     """A tokenizer of transformers."""
 
+    @property
+    def model_max_length(self) -> int:
+        """How many tokens its model reads."""
+
     def __call__(self, text: str, *, return_offsets_mapping: bool = False, verbose: bool = True) -> Encoding:
         """Split a text into tokens."""
 
@@ -85,6 +89,9 @@ class PipelineOutput(Protocol):
 class Pipeline(Protocol):
     """A FluxPipeline."""
 
+    progress_bar: Any
+    """A context manager of what counts the steps."""
+
     @property
     def transformer(self) -> Any:
         """A `Transformer` that is also a module."""
@@ -92,6 +99,10 @@ class Pipeline(Protocol):
     @property
     def vae(self) -> Any:
         """An `Autoencoder` that is also a module."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's."""
 
     @property
     def tokenizer_2(self) -> Tokenizer:
@@ -116,7 +127,7 @@ class Pipeline(Protocol):
         num_inference_steps: int,
         guidance_scale: float,
         output_type: str,
-        callback_on_step_end: AfterStep | None,
+        callback_on_step_end: AfterStep,
     ) -> PipelineOutput:
         """Denoise."""
 
@@ -124,9 +135,6 @@ class Pipeline(Protocol):
         self, prompt: str, prompt_2: str | None, *, max_sequence_length: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode a prompt: T5's tokens (1, n, d_model), CLIP's summary (1, hidden_size), and position ids."""
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        """Set tqdm's options."""
 
 
 Pipelines = Mapping[str, Pipeline]

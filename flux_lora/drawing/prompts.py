@@ -13,6 +13,17 @@ from flux_lora.drawing.pipeline import Pipeline, Tokenizer
 
 SHOWN_CHARACTERS = 200
 
+CHARACTERS_A_TOKEN = 32
+"""More than most have, in any language."""
+
+MARGIN = 1024
+"""Characters, many times the longest token."""
+
+LONG = 4096
+"""Characters from which CLIP, which reads 77 tokens, is given a beginning only."""
+
+_SPACE, _WORD = re.compile(r"\s"), re.compile(r"\S+")
+
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -39,14 +50,19 @@ class PromptEncoder:
 
         Args:
             pipeline: a FluxPipeline; only its text encoders and tokenizers are used.
+            prompt: what is enough of it for T5 (``read_part``).
+            limit: of T5; CLIP has its own.
             encoders: what is merged into the text encoders; with prompt and limit, all that the result depends on.
         """
         key = (prompt, limit, encoders)
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
+        for_clip, for_t5 = prompt, None
+        if len(prompt) > LONG:
+            for_clip, for_t5 = _beginning(pipeline.tokenizer, prompt, pipeline.tokenizer.model_max_length)[0], prompt
         with torch.no_grad():
-            tokens, pooled, _ = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=limit)
+            tokens, pooled, _ = pipeline.encode_prompt(prompt=for_clip, prompt_2=for_t5, max_sequence_length=limit)
         embeddings = Embeddings(tokens, pooled)
         self._known[key] = embeddings
         while len(self._known) > self._capacity:
@@ -57,20 +73,38 @@ class PromptEncoder:
 def read_part(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, str]:
     """Find the part of a prompt that is enough to encode, and the part that T5 does not read within ``limit`` tokens.
 
-    T5 splits a text at its spaces and gives each word at least one token, so a beginning of more words than tokens are
-    read encodes as the whole prompt does. Megabytes of text are not worth tokenizing.
-
     Returns:
         A beginning of the prompt; and a phrase for the log, empty when T5 reads all of it.
     """
-    enough = prompt
-    if (words := list(islice(re.finditer(r"\S+", prompt), limit + 1))) and len(words) > limit:
-        beginning = prompt[: words[-1].end()]
-        if len(tokenizer(beginning, verbose=False).input_ids) > limit:  # a word of deleted characters alone has none
-            enough = beginning
-    encoding = tokenizer(enough, return_offsets_mapping=True, verbose=False)
-    if len(encoding["input_ids"]) <= limit:
+    enough, unread = _beginning(tokenizer, prompt, limit)
+    if unread == len(prompt):
         return prompt, ""
-    rest = prompt[encoding["offset_mapping"][limit - 1][0] :]  # the last token that is read is the end mark
-    shown = rest if len(rest) <= SHOWN_CHARACTERS else f"{rest[:SHOWN_CHARACTERS]}…"
-    return enough, f"{len(rest)} characters: {shown!r}"
+    rest = len(prompt) - unread
+    shown = prompt[unread : unread + SHOWN_CHARACTERS] + "…" * (rest > SHOWN_CHARACTERS)
+    return enough, f"{rest} characters: {shown!r}"
+
+
+def _beginning(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, int]:
+    """A beginning of a prompt whose first ``limit`` tokens are the whole prompt's, and the index of what is not read.
+
+    Megabytes of text are not worth tokenizing, and cost a hundred times their size. Both tokenizers split a text at its
+    spaces, so a beginning of whole words has the tokens of the whole. A word that goes on for ``MARGIN`` characters
+    after the last token that is read is cut: what comes that far behind hardly ever changes how it begins.
+
+    Returns:
+        The beginning, which is the prompt where all of it is read; and the number of characters that are read of it.
+    """
+    size = limit * CHARACTERS_A_TOKEN
+    while True:
+        words = list(islice(_WORD.finditer(prompt, 0, size), limit + 1))  # each has a token at least
+        end = words[limit].end() if len(words) > limit else min(size, len(prompt))
+        if space := _SPACE.search(prompt, end, end + MARGIN):
+            end = space.start()
+        encoding = tokenizer(prompt[:end], return_offsets_mapping=True, verbose=False)
+        if len(encoding["input_ids"]) > limit:
+            unread = encoding["offset_mapping"][limit - 1][0]  # the last token that is read is the end mark
+            if end == len(prompt) or prompt[end].isspace() or unread <= end - MARGIN:
+                return prompt[:end], unread
+        elif end == len(prompt):
+            return prompt, end
+        size *= 4  # spaces, and characters that are nothing to the tokenizer, or one token however many they are

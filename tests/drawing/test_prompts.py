@@ -76,3 +76,58 @@ def test_a_beginning_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline, wo
         torch.equal(a, b)
         for a, b in zip(pipeline.encode_prompt(prompt=text, prompt_2=None, max_sequence_length=512), whole, strict=True)
     )
+
+
+TEXTS = {
+    "one letter": "a",
+    "letters": "abcdefghijklmnopqrstuvwxyz",
+    "base64": "data:image/png;base64,iVBORw0KGgo+/AAANSUhEUgAAB",
+    "Chinese": "红色的番茄在蓝色背景上，",
+    "entities": "& ",
+    "spaces": " ",
+    "lines": "a\n",
+    "marks": "!?",
+    "accents": "e\u0301",
+    "nothing": "\u200b",
+    "emoji": "🍅",
+    "spread": "tomato" + " " * 500,
+    "words": "a red tomato on a blue background, ",
+    "digits": "1234567890",
+}
+
+
+@pytest.mark.parametrize("piece", TEXTS.values(), ids=TEXTS)
+def test_what_is_enough_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline, piece: str) -> None:
+    """To the bit, for both encoders: by diffusers alone, which tokenizes all of it several times."""
+    prompt, limit = (piece * 40_000)[:40_000], 512
+    whole = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=limit)
+    text, note = read_part(pipeline.tokenizer_2, prompt, limit)
+    encoded = PromptEncoder(capacity=0).encode(pipeline, text, limit, ())
+    assert torch.equal(encoded.tokens, whole[0])
+    assert torch.equal(encoded.pooled, whole[1])
+    tokens = pipeline.tokenizer_2(prompt, return_offsets_mapping=True)
+    lost = len(prompt) - tokens.offset_mapping[limit - 1][0] if len(tokens.input_ids) > limit else 0
+    assert note.startswith(f"{lost} characters: " if lost else "")
+    assert bool(note) == bool(lost)
+
+
+@pytest.mark.parametrize("piece", ["a", "abc", "& ", "!?", "tomato "])
+def test_what_is_tokenized_does_not_grow_with_the_prompt(pipeline: FluxPipeline, piece: str) -> None:
+    """Tokens cost a hundred times what their text does: 528 MB for one word of a megabyte."""
+    lengths = []
+
+    class Counting:
+        model_max_length = pipeline.tokenizer.model_max_length
+
+        def __init__(self, tokenizer: object) -> None:
+            self.tokenizer = tokenizer
+
+        def __call__(self, text: str, **options: object) -> object:
+            lengths.append(len(text))
+            return self.tokenizer(text, **options)
+
+    text, _ = read_part(Counting(pipeline.tokenizer_2), piece * 1_000_000, 512)
+    counted = SimpleNamespace(tokenizer=Counting(pipeline.tokenizer), encode_prompt=pipeline.encode_prompt)
+    PromptEncoder(capacity=0).encode(counted, text, 512, ())
+    assert sum(lengths) < 100_000
+    assert len(text) < 50_000

@@ -15,9 +15,10 @@ import pytest
 
 from flux_lora.commands import PROJECT
 from flux_lora.commands import serve as serve_command
+from flux_lora.commands.serving import folder as cogs_folder
 
 PREDICTOR = """
-import os, sys, time
+import contextlib, os, sys, time
 from cog import BaseRunner, Input
 
 mode = os.environ.get("DUMMY", "")
@@ -44,6 +45,13 @@ class Predictor(BaseRunner):
             raise ValueError("not that")
         if prompt == "sleep":
             time.sleep(60)
+        if prompt == "deaf":
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                with contextlib.suppress(BaseException):
+                    time.sleep(60)
+        if prompt == "escape":
+            print("\\x1b[31mred\\x07")
         return prompt
 """
 
@@ -55,14 +63,14 @@ SCHEMA = """{"openapi": "3.0.2", "info": {"title": "Cog", "version": "0.1.0"}, "
 class Serve:
     """``scripts/serve`` of a project, with what it has printed so far."""
 
-    def __init__(self, project, *arguments, **environment):
+    def __init__(self, project, *arguments, prefix=(), cwd=None, **environment):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flux_lora.commands.serve", "--port", str(self.port), *arguments],
-            cwd=project,
+            [*prefix, sys.executable, "-m", "flux_lora.commands.serve", "--port", str(self.port), *arguments],
+            cwd=cwd or project,
             env={name: value for name, value in os.environ.items() if not name.startswith("FLUX_")} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -92,8 +100,15 @@ class Serve:
         (worker,) = server.children()
         return worker
 
-    def predict(self, prompt):
-        return httpx2.post(f"{self.url}/predictions", json={"input": {"prompt": prompt}}, timeout=30)
+    def predict(self, prompt, name=""):
+        """The answer; Cog answers the request before a little before its slot is free again."""
+        body = {"input": {"prompt": prompt}} | ({"id": name} if name else {})
+        for _ in range(100):
+            answer = httpx2.post(f"{self.url}/predictions", json=body, timeout=30)
+            if answer.status_code != 409:
+                break
+            time.sleep(0.05)
+        return answer
 
     def ended(self):
         """The exit status, once nothing more is printed."""
@@ -124,8 +139,8 @@ def project(tmp_path):
 def serve(project):
     started = []
 
-    def start(*arguments, **environment):
-        started.append(Serve(project, *arguments, **environment))
+    def start(*arguments, **how):
+        started.append(Serve(project, *arguments, **how))
         return started[-1]
 
     yield start
@@ -160,13 +175,124 @@ def test_a_signal_ends_the_server_and_its_worker(serve, number):
     assert "Traceback" not in server.output
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
-def test_killing_the_command_ends_the_server_and_its_worker(serve):
+@pytest.mark.parametrize("drawing", ["", "deaf"])
+def test_killing_the_command_ends_the_server_and_its_worker(serve, drawing):
+    """A prediction that runs does not keep them, and neither does one that no signal reaches."""
     server = serve()
     server.wait_for("Ready")
+    if drawing:
+        body = {"input": {"prompt": drawing}}
+        httpx2.put(f"{server.url}/predictions/a", json=body, headers={"Prefer": "respond-async"})
+        server.wait_for("drawing with")
     below = server.below()
     server.process.kill()
     wait_until_gone(below)
+
+
+def test_a_terminal_that_closes_ends_it_but_not_under_nohup(serve):
+    server, kept = serve(), serve(prefix=["nohup"])
+    for each in (server, kept):
+        each.wait_for("Ready")
+        each.process.send_signal(signal.SIGHUP)
+    assert server.ended() == 0
+    assert kept.predict("a tomato").status_code == 200
+    assert kept.process.poll() is None
+
+
+def test_a_lost_slot_comes_back_and_what_cog_keeps_of_predictions_goes(serve):
+    """An id that is too long for a folder's name costs Cog its only slot."""
+    server = serve()
+    server.wait_for("Ready")
+    made = [server.predict("a tomato").json()["id"] for _ in range(3)]
+    wait_until(lambda: left(made) == made[-1:], server)  # Cog may still read the last one's
+    worker = server.worker()
+    assert server.predict("a tomato", name="x" * 300).json()["status"] == "failed"
+    server.wait_for("started again: PermitInUse dropped")
+    wait_until_gone([worker])
+    wait_until(lambda: server.output.count("Ready at") == 2, server)
+    assert server.predict("a tomato").json()["output"] == "a tomato"
+    server.process.terminate()
+    assert server.ended() == 0
+    assert left(made) == []
+
+
+def left(predictions):
+    return [name for name in predictions if (cogs_folder.PREDICTIONS / name).exists()]
+
+
+def wait_until(condition, server):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, server.output
+        time.sleep(0.05)
+
+
+def test_a_call_for_shutdown_is_named(serve):
+    server = serve()
+    server.wait_for("Ready")
+    httpx2.post(f"{server.url}/shutdown")
+    assert server.ended() == 1
+    assert server.output.endswith("error: Cog's server has ended because somebody has called POST /shutdown.\n")
+
+
+def test_nothing_in_the_log_steers_a_terminal(serve):
+    server = serve()
+    server.wait_for("Ready")
+    server.predict("escape")
+    server.wait_for("\\x1b[31mred\\x07")
+    assert "\x1b" not in server.output
+
+
+def test_beyond_loopback_it_says_whom_it_is_for(serve):
+    server = serve("--host", "0.0.0.0")  # noqa: S104
+    server.wait_for("for callers who are trusted")
+    server.wait_for("Ready at http://127.0.0.1:")
+
+
+def test_a_project_that_cannot_be_written_to_is_served(serve, project):
+    """Everything that is written lies elsewhere."""
+    server = serve(prefix=read_only(project))
+    server.wait_for("Ready")
+    assert server.predict("a tomato").json()["output"] == "a tomato"
+    assert server.predict(7).status_code == 422
+
+
+def test_a_folder_of_cogs_that_cannot_be_written_to_is_refused_at_once(serve):
+    cogs_folder.require()
+    server = serve(prefix=read_only(cogs_folder.PREDICTIONS.parent))
+    assert server.ended() == 1
+    assert server.output == (
+        "error: Cog's server keeps each prediction in /tmp/coglet/predictions, which cannot be used: Read-only file "
+        "system. Every picture would fail: remove that folder, or make room there.\n"
+    )
+
+
+def test_a_folder_of_cogs_without_room_is_refused_at_once(serve):
+    cogs_folder.require()
+    server = serve(prefix=in_mounts("mount -t tmpfs -o size=1m,nr_inodes=2 tmpfs /tmp/coglet"))
+    assert server.ended() == 1
+    assert "No space left on device. Every picture would fail" in server.output
+
+
+@pytest.mark.parametrize("what", ["user", "link"])
+def test_a_folder_of_cogs_that_is_anothers_is_refused_at_once(serve, what):
+    cogs_folder.require()
+    link = "mount -t tmpfs tmpfs /tmp && mkdir /tmp/real && ln -s /tmp/real /tmp/coglet"
+    command = {"user": "mount -t tmpfs -o uid=12345 tmpfs /tmp/coglet", "link": link}[what]
+    server = serve(prefix=in_mounts(command), cwd=PROJECT)  # the other project lies in /tmp
+    assert server.ended() == 1
+    assert "error: Cog's server keeps each prediction in /tmp/coglet, which cannot be used: it " in server.output
+
+
+def in_mounts(command):
+    """Run in mounts of its own, after this shell command; CI is root."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounts of its own need a user who may mount")
+    return ["unshare", "--mount", "/bin/sh", "-c", f'{command} && exec "$@"', "sh"]
+
+
+def read_only(path):
+    return in_mounts(f"mount --bind {path} {path} && mount -o remount,bind,ro {path}")
 
 
 def test_a_signal_ends_a_set_up_that_hangs(serve):
@@ -234,6 +360,14 @@ def test_a_port_in_use_is_refused_in_one_sentence(serve):
 def test_arguments_that_mean_nothing_are_refused(arguments):
     with pytest.raises(SystemExit, match="2"):
         serve_command.main(arguments)
+
+
+@pytest.mark.parametrize("url", ["https://host/x?signature=1", "https://host/x/?", "https://host/x/#part"])
+def test_an_upload_address_with_a_query_is_refused(capsys, url):
+    """Cog would put a picture to ``…?signature=10-seed7.webp``, and say that it succeeded."""
+    with pytest.raises(SystemExit):
+        serve_command.main(["--upload-url", url])
+    assert "has a query" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "http://"])

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +23,32 @@ from PIL import Image
 
 from tests.conftest import MINI, ROOT
 
-AUDIT = """
-import os, sys
-def _write(line):
-    with open(os.environ["CONNECTIONS"], "a") as file:
-        file.write(line + "\\n")
-def _note(event, arguments):
-    if event == "socket.connect" and isinstance(arguments[1], tuple):
-        _write(f"connect {arguments[1][0]}")
-    elif event == "socket.getaddrinfo":
-        _write(f"resolve {arguments[0]}")
-sys.addaudithook(_note)
-_write("watching")
-"""
-"""Run by every Python of the server as its ``sitecustomize``: writes down each connection and name look-up."""
+TRACE = ["strace", "-D", "-f", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o"]
+"""Runs a command and writes down whom its processes talk to, native code included, which Python's hooks do not see."""
+
+ADDRESS = re.compile(r"sin6?_port=htons\((\d+)\).*?(?:inet_addr\(|inet_pton\(AF_INET6, )\"([^\"]+)\"")
+DNS = 53
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256, "num_inference_steps": 2}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its address, its temporary directory, and where its connections are written down."""
+    """A running server: its address, and its folder, with ``tmp`` and ``home`` in it."""
 
     url: str
-    temporary: Path
-    connections: Path
+    folder: Path
+    started: float
+    """By ``time.monotonic``."""
+
+    @property
+    def temporary(self) -> Path:
+        """Its temporary directory."""
+        return self.folder / "tmp"
+
+    def outward(self) -> list[str]:
+        """The connections and messages to other machines, and the look-ups of names, since it was started."""
+        return outward(self.folder / "trace")
 
     def post(self, body: str) -> httpx.Response:
         """The answer to a request; Cog answers the one before a little before its only slot is free again."""
@@ -85,6 +89,12 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def outward(trace: Path) -> list[str]:
+    """Which lines of a trace go to another machine, or to a name server, wherever that is."""
+    found = ((line, ADDRESS.search(line)) for line in trace.read_text(errors="replace").splitlines())
+    return [line for line, at in found if at and (int(at[1]) == DNS or not ip_address(at[2]).is_loopback)]
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -92,18 +102,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, prelude: str = "", **environment: str) -> Iterator[Server]:
-    port, temporary, connections = free_port(), folder / "tmp", folder / "connections"
-    temporary.mkdir()
-    (folder / "sitecustomize.py").write_text(AUDIT + prelude)
+def serving(
+    folder: Path, *options: str, prelude: str = "", traced: bool = False, **environment: str
+) -> Iterator[Server]:
+    port = free_port()
+    for name in ("tmp", "home"):
+        (folder / name).mkdir()
+    (folder / "sitecustomize.py").write_text(f"import os\n{prelude}")
+    command = [sys.executable, "-m", "flux_lora.commands.serve", "--port", str(port), *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flux_lora.commands.serve", "--port", str(port), *options],
+        [*TRACE, str(folder / "trace"), *command] if traced else command,
         cwd=ROOT,
         env={
             **os.environ,
             "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-            "TMPDIR": str(temporary),
-            "CONNECTIONS": str(connections),
+            "TMPDIR": str(folder / "tmp"),
+            "HOME": str(folder / "home"),
             "FLUX_WEIGHTS": str(MINI),
             "FLUX_ADAPTER_CACHE": str(folder / "cache"),
             **environment,
@@ -111,7 +125,7 @@ def serving(folder: Path, *options: str, prelude: str = "", **environment: str) 
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    server = Server(f"http://127.0.0.1:{port}", temporary, connections)
+    server = Server(f"http://127.0.0.1:{port}", folder, time.monotonic())
     try:
         wait_for(lambda: process.poll() is not None or health(server) == "READY", 240)  # some compile
         assert process.poll() is None, "the server ended during set-up"
@@ -137,5 +151,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as running:
+    traced = shutil.which(TRACE[0]) is not None
+    with serving(tmp_path_factory.mktemp("server"), traced=traced) as running:
         yield running

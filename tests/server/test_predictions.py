@@ -49,7 +49,8 @@ def equipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server,
     folder = tmp_path_factory.mktemp("equipped")
     weights = Path(shutil.copytree(MINI, folder / "weights"))
     (folder / "server").mkdir()
-    with serving(folder / "server", FLUX_WEIGHTS=str(weights)) as running:
+    settings = {"FLUX_WEIGHTS": str(weights), "FLUX_ALLOW_DISABLE_SAFETY_CHECKER": "0"}
+    with serving(folder / "server", **settings) as running:
         yield running, weights
 
 
@@ -62,6 +63,13 @@ def test_a_lora_of_the_weights_directory_is_used_for_one_request(equipped: tuple
     assert other != bundled
     assert server.draw(**WITNESS) == bundled
     assert server.draw(**WITNESS, replicate_weights="other.safetensors") == other
+
+
+def test_what_the_operator_forbids_is_refused_by_name(equipped: tuple[Server, Path]) -> None:
+    server, _ = equipped
+    answer = server.predict(**WITNESS, disable_safety_checker=True)
+    assert answer["status"] == "failed"
+    assert "disable_safety_checker is not allowed on this server" in answer["error"]
 
 
 def _nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,15 +183,9 @@ def test_uploads_outlast_a_slow_receiver(tmp_path: Path, server: Server) -> None
     expected = {f"{k}-seed{7 + k}.webp": data for k, data in enumerate(server.draw(**WITNESS, num_outputs=3))}
     uploaded = {path.rsplit("/", 1)[1]: data for path, data in Uploads.received if path}
     assert uploaded == expected
-    assert sorted(uri.rsplit("/", 1)[1] for uri in answer["output"]) == sorted(expected)
-
-
-def test_nothing_outward_is_opened(server: Server) -> None:
-    """Every connection and look-up of all Python processes of the server since it started, set-up included."""
-    server.draw(**WITNESS)
-    noted = server.connections.read_text().splitlines()
-    assert noted.count("watching") >= 2  # the server and its worker at least
-    assert [line for line in noted if line != "watching" and not line.endswith((" 127.0.0.1", " localhost"))] == []
+    named = [uri.rsplit("/", 1)[1] for uri in answer["output"]]
+    assert named != sorted(expected)  # the first is put slowly: Cog lists them as the uploads end
+    assert sorted(named) == sorted(expected)
 
 
 def test_the_output_is_a_list_of_uris_in_the_order_of_the_seeds(server: Server) -> None:

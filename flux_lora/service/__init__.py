@@ -1,0 +1,1 @@
+"""What faces callers who are not trusted."""

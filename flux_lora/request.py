@@ -200,11 +200,6 @@ class Request(BaseModel):
         return (self.replicate_weights, self.lora_scale), *self._more
 
     @property
-    def adapters(self) -> tuple[tuple[str | None, float], ...]:
-        """Source and scale of each adapter that is asked for; without a source it is the operator's fine-tune."""
-        return ((self.replicate_weights, self.lora_scale),)
-
-    @property
     def size(self) -> tuple[int, int]:
         """Width and height of each file in pixels."""
         if self.aspect_ratio != "custom" or self.width is None or self.height is None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from flux_lora.errors import RequestError, SourceError
-from flux_lora.sources.guard import Network, check_url, host_of, parse_url, public_addresses
+from flux_lora.sources.guard import Network, check_url, host_of, parse_url, require_public
 from flux_lora.sources.wording import quoted
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -86,7 +86,14 @@ def check_webhook(address: object, network: Network | None = None) -> str:
     try:
         url = parse_url(address)
         check_url(url)
-        public_addresses(host_of(url), (network or Network()).resolve)
+        require_public(host_of(url), _addresses(host_of(url), network or Network()))
     except SourceError as error:
         raise RequestError(f"webhook: {error}.") from None
     return address
+
+
+def _addresses(host: str, network: Network) -> list[str]:
+    try:
+        return list(network.resolve(host))
+    except (OSError, UnicodeError):
+        return []

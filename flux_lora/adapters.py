@@ -15,6 +15,12 @@ BUNDLED = "lora.safetensors"
 """The fine-tune's file in a weights directory."""
 
 
+def operator_source(named: str, weights: Path) -> str:
+    """Where the operator's fine-tune is: a file of the weights directory, if it is one by that name."""
+    here = os.path.join(weights, named)  # noqa: PTH118 - a data: URI is too long for a Path
+    return here if os.path.isfile(here) else named  # noqa: PTH113
+
+
 class Adapters:
     """The operator's fine-tune, and what requests name instead of it."""
 
@@ -43,8 +49,7 @@ class Adapters:
         """
         bundled = self._weights / BUNDLED
         if named:
-            here = os.path.join(self._weights, named)  # noqa: PTH118 - a data: URI is too long for a Path
-            source = here if os.path.isfile(here) else named  # noqa: PTH113
+            source = operator_source(named, self._weights)
             self.fine_tune = self._library.read(self._sources.fetch(source, root=None), label(named))
         elif bundled.exists() or bundled.is_symlink():
             self.fine_tune = self._library.read(bundled)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flux_lora import rules
-from flux_lora.adapters import Adapters
+from flux_lora.adapters import Adapters, operator_source
 from flux_lora.beside import Beside
 from flux_lora.checkpoint import download
 from flux_lora.checkpoint.assembling import Checkpoints, open_directory
@@ -79,6 +79,9 @@ def assemble(
     if settings.download:
         download.fetch_base(settings, settings.download, log)
 
+    sources = Sources.from_settings(settings)
+    if fine_tune:  # a file that is missing is missed before minutes of loading
+        sources.check(operator_source(fine_tune, settings.weights), root=None)
     checkpoints = open_weights(settings.weights, dtype)
     for note in checkpoints.notes:
         log(note)
@@ -96,7 +99,7 @@ def assemble(
     beside = Beside("finish")
     outputs = Outputs()
     library = AdapterLibrary(_shapes(transformers, encoders), settings.adapter_memory_bytes)
-    adapters = Adapters(Sources.from_settings(settings), library, settings.weights)
+    adapters = Adapters(sources, library, settings.weights)
     adapters.load_fine_tune(fine_tune, log)
 
     def merge_fine_tune() -> None:

@@ -414,9 +414,13 @@ def test_a_fine_tune_may_be_the_file_itself(tmp_path: Path) -> None:
     assert used.parts.adapters.fine_tune is not None
 
 
-def test_a_named_fine_tune_that_is_missing_fails_set_up(tmp_path: Path) -> None:
+def test_a_named_fine_tune_that_is_missing_fails_set_up_before_any_weights_are_opened(tmp_path: Path) -> None:
+    def opened(*_: Any) -> Any:
+        raise AssertionError
+
+    settings = Settings(weights=MINI)
     with pytest.raises(AdapterError, match=r"gone\.safetensors"):
-        build(fine_tune=str(tmp_path / "gone.safetensors"))
+        assemble(settings, str(tmp_path / "gone.safetensors"), log=lambda _: None, open_weights=opened)
 
 
 def test_a_bundled_fine_tune_that_is_a_broken_link_fails_set_up(weights: Path) -> None:

@@ -276,5 +276,15 @@ def test_a_clean_run_prints_no_noise(tmp_path: Path) -> None:
         check=True,
     )
     lines = [line.split("\r")[-1] for line in done.stderr.decode().split("\n")]  # what a progress bar leaves behind
-    ours = ("memory plan:", "fine-tune:", "dev now holds", "ready in", "seed:", "size:", "seconds:", " ")
+    ours = (
+        "memory plan:",
+        "fine-tune:",
+        "dev now holds",
+        "ready in",
+        "this model sees",
+        "seed:",
+        "size:",
+        "seconds:",
+        " ",
+    )
     assert [line for line in lines if line.strip() and not line.startswith(ours)] == []

@@ -97,7 +97,13 @@ PARTS = (
         100,
         ("-m", "benchmarks.memory", "--budgets", "24", "--models", "dev", "--ours", "--results", RESULTS, SMALL),
     ),
-    Part("kernels", 60, 120, ("-m", "benchmarks.kernels", SMALL), needs="benchmarks.kernels"),
+    Part(
+        "kernels",
+        60,
+        120,
+        ("-m", "benchmarks.kernels", "--json", f"{RESULTS}/kernels.json", SMALL),
+        needs="benchmarks.kernels",
+    ),
     _row("turns", "exact", 60, 120, "turns"),
     _row("sizes", "exact", 40, 90, "wide", "sizes"),
     _row("warm-balanced", "balanced", 40, 90, "first"),
@@ -231,7 +237,11 @@ class Check:
             COMPILED: f"compiled{where}",
             UNCOMPILED: f"not compiled{where}",
         }
-        command = [sys.executable, *(argument for each in part.command if (argument := filled.get(each, each)))]
+        command = [sys.executable]
+        for argument in part.command:
+            for name, value in filled.items():
+                argument = argument.replace(name, value)
+            command += [argument] if argument else []
         print(f"{part.name}: at most {limit:.0f} s", flush=True)
         with (self._out / "log.txt").open("ab") as log:
             log.write(f"\n=== {part.name}: {' '.join(command)}\n".encode())

@@ -58,9 +58,20 @@ class Part:
     """Arguments for Python; those in braces are filled in."""
     needs: str = ""
     """A module without which it is left out."""
+    instead_of: str = ""
+    """A part: it is run only when that one was run in vain."""
 
 
-def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: int = 2, needs: str = "") -> Part:
+def _row(
+    name: str,
+    row: str,
+    seconds: int,
+    limit: int,
+    *measures: str,
+    images: int = 2,
+    needs: str = "",
+    instead_of: str = "",
+) -> Part:
     command = (
         *GPU,
         row,
@@ -74,7 +85,7 @@ def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: 
         CACHE,
         SMALL,
     )
-    return Part(name, seconds, limit, command, needs)
+    return Part(name, seconds, limit, command, needs, instead_of)
 
 
 TESTS = ("-m", "pytest", "-rfE", "--durations=8", "tests/test_cuda.py")
@@ -86,6 +97,7 @@ PARTS = (
     _row("fast", "fast", 45, 100, "dev", images=3),
     Part("tests", 40, 100, (*TESTS, "-n", "4", "-k", UNCOMPILED)),
     _row("peer2", "peer2", 130, 240, "dev", "kernels"),
+    _row("by-blocks", "peer2-blocks", 90, 200, "dev", instead_of="peer2"),
     _row("schnell", "exact", 40, 100, "schnell", images=3),
     _row("peer2-fp8", "peer2-fp8", 140, 240, "dev", "kernels", needs="torchao"),
     _row("peer1", "peer1", 45, 100, "dev"),
@@ -211,6 +223,8 @@ class Check:
         """Run a part, unless it is done, there is too little time for it, or nothing to run."""
         left = self._end - time.monotonic()
         if self._parts.get(part.name, {}).get("outcome") == DONE:
+            return
+        if part.instead_of and not self.failed(part.instead_of):
             return
         if part.needs and not _is_there(part.needs):
             self._note(part, LEFT_OUT, 0, f"there is no {part.needs}")

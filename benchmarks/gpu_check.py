@@ -58,9 +58,20 @@ class Part:
     """Arguments for Python; those in braces are filled in."""
     needs: str = ""
     """A module without which it is left out."""
+    instead_of: str = ""
+    """A part: it is run only when that one was run in vain."""
 
 
-def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: int = 2, needs: str = "") -> Part:
+def _row(
+    name: str,
+    row: str,
+    seconds: int,
+    limit: int,
+    *measures: str,
+    images: int = 2,
+    needs: str = "",
+    instead_of: str = "",
+) -> Part:
     command = (
         *GPU,
         row,
@@ -74,7 +85,7 @@ def _row(name: str, row: str, seconds: int, limit: int, *measures: str, images: 
         CACHE,
         SMALL,
     )
-    return Part(name, seconds, limit, command, needs)
+    return Part(name, seconds, limit, command, needs, instead_of)
 
 
 TESTS = ("-m", "pytest", "-rfE", "--durations=8", "tests/test_cuda.py")
@@ -86,6 +97,7 @@ PARTS = (
     _row("fast", "fast", 45, 100, "dev", images=3),
     Part("tests", 40, 100, (*TESTS, "-n", "4", "-k", UNCOMPILED)),
     _row("peer2", "peer2", 130, 240, "dev", "kernels"),
+    _row("by-blocks", "peer2-blocks", 90, 200, "dev", instead_of="peer2"),
     _row("schnell", "exact", 40, 100, "schnell", images=3),
     _row("peer2-fp8", "peer2-fp8", 140, 240, "dev", "kernels", needs="torchao"),
     _row("peer1", "peer1", 45, 100, "dev"),
@@ -97,7 +109,13 @@ PARTS = (
         100,
         ("-m", "benchmarks.memory", "--budgets", "24", "--models", "dev", "--ours", "--results", RESULTS, SMALL),
     ),
-    Part("kernels", 60, 120, ("-m", "benchmarks.kernels", SMALL), needs="benchmarks.kernels"),
+    Part(
+        "kernels",
+        60,
+        120,
+        ("-m", "benchmarks.kernels", "--json", f"{RESULTS}/kernels.json", SMALL),
+        needs="benchmarks.kernels",
+    ),
     _row("turns", "exact", 60, 120, "turns"),
     _row("sizes", "exact", 40, 90, "wide", "sizes"),
     _row("warm-balanced", "balanced", 40, 90, "first"),
@@ -206,6 +224,8 @@ class Check:
         left = self._end - time.monotonic()
         if self._parts.get(part.name, {}).get("outcome") == DONE:
             return
+        if part.instead_of and not self.failed(part.instead_of):
+            return
         if part.needs and not _is_there(part.needs):
             self._note(part, LEFT_OUT, 0, f"there is no {part.needs}")
         elif left < part.seconds and not self._small:
@@ -231,7 +251,11 @@ class Check:
             COMPILED: f"compiled{where}",
             UNCOMPILED: f"not compiled{where}",
         }
-        command = [sys.executable, *(argument for each in part.command if (argument := filled.get(each, each)))]
+        command = [sys.executable]
+        for argument in part.command:
+            for name, value in filled.items():
+                argument = argument.replace(name, value)
+            command += [argument] if argument else []
         print(f"{part.name}: at most {limit:.0f} s", flush=True)
         with (self._out / "log.txt").open("ab") as log:
             log.write(f"\n=== {part.name}: {' '.join(command)}\n".encode())
@@ -293,7 +317,7 @@ def _prepare() -> int:
         install += ["--implementation=cp", f"--python-version={PYTHON}", *platforms, f"--target={folder}", *packages]
         subprocess.run(install, check=True)
         print(f"{', '.join(packages)}; packing them takes a while", flush=True)
-        with tarfile.open(archive, "w:xz") as packed:
+        with tarfile.open(archive, "w:xz", preset=1) as packed:  # a higher one takes minutes for a tenth
             packed.add(folder, ".")
     tree = _travelling() + archive.stat().st_size
     print(f"{archive}: {archive.stat().st_size / 2**20:.1f} MiB; with the checkout's files {tree / 2**20:.1f} MiB")

@@ -139,7 +139,7 @@ def test_every_row_runs_at_a_small_size(tmp_path: Path, name: str) -> None:
         pytest.importorskip("torchao", reason="not among the requirements")
     found = gpu(tmp_path, name)
     assert found["dev"]["computed_steps"] == (16 if name == "fast" else 28)
-    assert found["dev"]["switch"]["scale_seconds"] > 0
+    assert found["dev"]["switch"]["switch_seconds"] > 0
     assert found["first"]["image_seconds"] > 0
 
 

@@ -1,7 +1,7 @@
 """What is learned, one stage after the other; each begins with the weights of an earlier one."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.album import Album
 from training.batches import Batch, sample
-from training.drawings import STYLE
 from training.loop import Weights, has_bfloat16
-from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
+from training.networks import Text, TextEncoders, attention_bias, new_transformer, positions, velocity
+from training.paths import Paths
 from training.sampling import Velocity, integrate, shift, times
 
 Network = Callable[..., Tensor]
@@ -44,6 +44,8 @@ GUIDED = (0.8, 0.9)
 from all others by more than 0.99, so there a prompt changes the teacher's error and hardly the true velocity."""
 USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
+PART = 4
+"""The LoRA learns from one of so many pictures of a batch: more steps tell more than more pictures."""
 LORA_RANK = 24
 LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 """Of the blocks: what is drawn, not where to look for it."""
@@ -69,30 +71,48 @@ def base_loss(teacher: Teacher, album: Album) -> Loss:
 
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=EMPTY)
-        return _flow_matching(network, teacher.text, batch)
+        x, t, noise = noised(batch, LATE)
+        with fast():
+            text = teacher.text(batch.prompts, limit=512)
+            predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch))
+        return error(predicted, noise - batch.latents, batch.tokens).mean()
 
     return loss
 
 
-def style_loss(dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
-    """Flow matching of the other style by a LoRA of dev, whatever the guidance."""
+def style_loss(networks: Mapping[str, nn.Module], encoders: TextEncoders, album: Album, paths: Sequence[Paths]) -> Loss:
+    """Let one LoRA of dev and schnell draw as they do without it, and beside that what the style changes.
+
+    A point x of a path moves by (1 − t)·change, so the velocity there is that of the path less the change. Learned from
+    true pictures alone (flow matching), a LoRA would also have to undo what guidance and distillation did.
+
+    Args:
+        networks: dev and schnell, which get the LoRA.
+        encoders: read the prompts.
+        album: has the pictures in both styles.
+        paths: what the networks drew without the LoRA.
+    """
     encoders.requires_grad_(False)
-    add_lora(dev)
-    network = compiled(dev)
+    share_lora(networks["dev"], networks["schnell"])  # on a CPU compiling them gained nothing
 
     def loss(rng: random.Random) -> Tensor:
-        batch = sample(album, rng, STYLE, empty=0.05)
-        return _flow_matching(network, encoders, batch, _uniform(USUAL_GUIDANCE, len(batch.latents)))
+        chosen = rng.choice(paths)
+        rows, columns, length = chosen.shape
+        tokens, count = rows * columns, len(chosen.asked)
+        each = torch.randperm(count)[: -(-count // PART)]
+        step, change = torch.randint(len(chosen.velocities), each.shape), chosen.change(album)[each]
+        t = chosen.times[step]
+        x = chosen.points()[step, each] + (1 - t)[:, None, None] * change
+        target = chosen.velocities[step, each].float() - change
+        with fast():
+            with torch.no_grad():
+                text = chosen.text(encoders)[each]
+            bias, ids = attention_bias(text, tokens, length), positions(rows, columns, length)
+            guidance = None if chosen.guidance is None else chosen.guidance[each]
+            predicted = velocity(networks[chosen.model], x, t, text, ids, bias, guidance)
+        return error(predicted, target, tokens).mean()
 
     return loss
-
-
-def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guidance: Tensor | None = None) -> Tensor:
-    x, t, noise = noised(batch, LATE)
-    with fast():
-        text = encoders(batch.prompts, limit=512)
-        predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch), guidance)
-    return error(predicted, noise - batch.latents, batch.tokens).mean()
 
 
 def add_lora(transformer: nn.Module) -> None:
@@ -100,6 +120,16 @@ def add_lora(transformer: nn.Module) -> None:
     transformer.requires_grad_(False)
     layers = [name for name, _ in transformer.named_modules() if "blocks." in name and name.endswith(LORA_LAYERS)]
     transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
+
+
+def share_lora(owner: nn.Module, other: nn.Module) -> None:
+    """Add one LoRA to two transformers: its matrices are the same parameters in both."""
+    add_lora(owner)
+    add_lora(other)
+    for name, parameter in owner.named_parameters():
+        if "lora_" in name:
+            module, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(module), leaf, parameter)
 
 
 def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:

@@ -1,16 +1,18 @@
 """Train the miniature, stage by stage, on a CPU or a GPU; a stage that was interrupted goes on where it stopped.
 
-    python -m training.train album smoothing words base dev schnell style export
+    python -m training.train album smoothing words base dev schnell paths style export
 
-To train the shipped miniature further instead of another from nothing:
+To train the shipped miniature further instead of another from nothing, or only another LoRA for it:
 
-    python -m training.train shipped base dev schnell style export --directory training/more
+    python -m training.train shipped base dev schnell paths style export --directory training/more
+    python -m training.train shipped paths style lora --directory training/style
 
 Checkpoints and contact sheets are kept in ``training/cache``.
 """
 
 import argparse
 import copy
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +21,15 @@ from typing import TypeVar
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+from tqdm import tqdm
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.album import Album, collect, linear_autoencoder
-from training.export import export
+from training.export import export, save_lora
 from training.loop import Weights, train
 from training.networks import AUTOENCODER, TextEncoders, attention_bias, positions, velocity
+from training.paths import PATHS, SHARES, Paths, draw_paths
 from training.sampling import times
 from training.sheets import COLUMNS, PROMPTS, ROWS, draw_sheet
 from training.smoothing import smoothing_loss
@@ -35,6 +39,7 @@ from training.stages import (
     Teacher,
     base_loss,
     dev_loss,
+    fast,
     guided,
     new_dev,
     new_schnell,
@@ -77,8 +82,8 @@ class Workshop:
     def untrained(self) -> Teacher:
         """A teacher that can read and not yet draw, or the shipped one where `begin_with_shipped` was called."""
         reader, teacher = Reader(), Teacher()
-        if (self.directory / "shipped.pt").exists():
-            teacher.load_state_dict(self._stored("shipped"))
+        if self._is_shipped():
+            teacher.load_state_dict(self._stored("shipped")["teacher"])
             teacher.text.clip_tokenizer = CLIPTokenizer.from_pretrained(self.directory / "tokenizer")
             teacher.text.t5_tokenizer = T5TokenizerFast.from_pretrained(self.directory / "tokenizer_2")
             return teacher
@@ -91,14 +96,20 @@ class Workshop:
 
     def untrained_dev(self) -> nn.Module:
         """dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
-        shipped = (self.directory / "guidance.pt").exists()
-        return new_dev(self.teacher(), self._stored("guidance") if shipped else None)
+        return new_dev(self.teacher(), self._stored("shipped")["guidance"] if self._is_shipped() else None)
 
     def dev(self) -> nn.Module:
         return self._trained(self.untrained_dev(), "dev")
 
     def schnell(self) -> nn.Module:
-        return self._trained(new_schnell(self.dev()), "schnell")
+        """schnell; the shipped one as long as neither it nor dev was trained further."""
+        schnell = new_schnell(self.dev())
+        if self._is_shipped() and not (self.directory / "dev.pt").exists():
+            schnell.load_state_dict(self._stored("shipped")["schnell"])
+        return self._trained(schnell, "schnell")
+
+    def paths(self) -> list[Paths]:
+        return self._stored("paths")["paths"]
 
     def style(self) -> Weights:
         return self._stored("style")["average"]
@@ -123,8 +134,13 @@ class Workshop:
         )
 
     def _trained(self, module: Module, name: str) -> Module:
-        module.load_state_dict(self._stored(name)["average"], strict=False)
+        """A module with what a stage made of it; as it is where the shipped miniature was not trained further."""
+        if not self._is_shipped() or (self.directory / f"{name}.pt").exists():
+            module.load_state_dict(self._stored(name)["average"], strict=False)
         return module
+
+    def _is_shipped(self) -> bool:
+        return (self.directory / "shipped.pt").exists()
 
     def _stored(self, name: str) -> dict:
         file = self.directory / f"{name}.pt"
@@ -150,10 +166,11 @@ def begin_with_shipped(shop: Workshop) -> None:
     dev = FluxTransformer2DModel.from_pretrained(MINI / "dev" / "transformer", torch_dtype=torch.float32)
     weights, embedder = split_guidance(dev)
     teacher.transformer.load_state_dict(weights)
+    schnell = FluxTransformer2DModel.from_pretrained(MINI / "schnell" / "transformer", torch_dtype=torch.float32)
     for folder in ("tokenizer", "tokenizer_2"):
         shutil.copytree(MINI / "dev" / folder, shop.directory / folder, dirs_exist_ok=True)
-    torch.save(embedder, shop.directory / "guidance.pt")
-    torch.save(teacher.state_dict(), shop.directory / "shipped.pt")
+    shipped = {"teacher": teacher.state_dict(), "guidance": embedder, "schnell": schnell.state_dict()}
+    torch.save(shipped, shop.directory / "shipped.pt")
 
 
 def train_smoothing(shop: Workshop) -> None:
@@ -196,11 +213,24 @@ def train_schnell(shop: Workshop) -> None:
     shop.train("schnell", schnell, loss, _sheet(shop, text, "schnell"))
 
 
+def make_paths(shop: Workshop) -> None:
+    """Let dev and schnell draw what the LoRA learns from."""
+    text, album = shop.teacher().text, shop.album()
+    networks = {"dev": shop.dev(), "schnell": shop.schnell()}
+    paths = []
+    with fast():
+        for index in tqdm(range(PATHS), desc="paths"):
+            rng = random.Random(f"paths {index}")
+            (model,) = rng.choices(list(SHARES), SHARES.values())
+            paths.append(draw_paths(model, networks[model], text, album, rng))
+    torch.save({"paths": paths}, shop.directory / "paths.pt")
+
+
 def train_style(shop: Workshop) -> None:
-    """Fine-tune a LoRA of dev that draws in the other style."""
-    text, dev = shop.teacher().text, shop.dev()
-    loss = style_loss(dev, text, shop.album())  # also adds the LoRA
-    shop.train("style", dev, loss, _sheet(shop, text, "dev"))
+    """Fine-tune a LoRA of dev and schnell that draws in the other style."""
+    text, networks = shop.teacher().text, {"dev": shop.dev(), "schnell": shop.schnell()}
+    loss = style_loss(networks, text, shop.album(), shop.paths())  # also adds the LoRA
+    shop.train("style", networks["dev"], loss, _sheet(shop, text, "dev"))
 
 
 def _sheet(shop: Workshop, encoders: TextEncoders, name: str) -> Draw:
@@ -226,6 +256,11 @@ def export_all(shop: Workshop) -> None:
     export(MINI, shop.teacher().text, shop.dev(), shop.schnell(), shop.autoencoder(), shop.style())
 
 
+def export_lora(shop: Workshop) -> None:
+    """Replace the LoRA alone in the weights directory."""
+    save_lora(MINI / "lora.safetensors", shop.style())
+
+
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "album": make_album,
     "shipped": begin_with_shipped,
@@ -234,8 +269,10 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "base": train_base,
     "dev": train_dev,
     "schnell": train_schnell,
+    "paths": make_paths,
     "style": train_style,
     "export": export_all,
+    "lora": export_lora,
 }
 
 

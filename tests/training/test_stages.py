@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import album, batches, stages
+from training import album, batches, paths, stages
 from training.networks import Text, attention_bias, new_transformer, positions, velocity
+from training.paths import draw_paths
 from training.stages import (
     SCHNELL_GUIDANCE,
     SCHNELL_STEPS,
@@ -28,10 +29,12 @@ from training.stages import (
 
 
 def trained(module: nn.Module, loss: Callable) -> set[str]:
-    """The parameters that one step of a stage changes."""
-    value = loss(random.Random(1))
-    assert value.isfinite()
-    value.backward()
+    """The parameters that a few steps of a stage change."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        value = loss(random.Random(seed))
+        assert value.isfinite()
+        value.backward()
     return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
 
 
@@ -49,9 +52,17 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     dev.zero_grad()
     assert trained(schnell, schnell_loss(schnell, dev, teacher.text, pictures))
     assert not any(p.grad is not None and p.grad.any() for p in dev.parameters())
-    changed = trained(dev, style_loss(dev, teacher.text, pictures))
+    networks = {"dev": dev, "schnell": schnell}
+    drawn = [
+        draw_paths(name, network, teacher.text, pictures, random.Random(0), batches.USUAL)
+        for name, network in networks.items()
+    ]
+    schnell.zero_grad()
+    changed = trained(schnell, style_loss(networks, teacher.text, pictures, drawn[1:]))
     assert changed
     assert all("lora_" in name for name in changed)
+    shared = {name: p for name, p in dev.named_parameters() if "lora_" in name}
+    assert all(p is shared[name] for name, p in schnell.named_parameters() if "lora_" in name)
     assert not any("to_q" in name or "to_k" in name or "norm" in name for name in changed)
 
 
@@ -76,6 +87,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return drawn
 
     monkeypatch.setattr(stages, "velocity", watched)
+    monkeypatch.setattr(paths, "velocity", watched)
     monkeypatch.setattr(stages, "OWN_PATH", {"dev": 1.0, "schnell": 1.0})
     return seen
 
@@ -139,6 +151,28 @@ def test_dev_learns_on_the_path_that_it_takes(pictures: album.Album, calls: list
     for half in range(2):
         assert torch.equal(taught.x.chunk(2)[half], learned.x)
         assert torch.equal(taught.t.chunk(2)[half], learned.t)
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_paths_are_what_a_model_draws_and_the_style_is_learned_beside_them(
+    pictures: album.Album, calls: list[Call], name: str
+) -> None:
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    networks = {"dev": dev, "schnell": new_schnell(dev)}
+    drawn = draw_paths(name, networks[name], teacher.text, pictures, random.Random(3), batches.USUAL)
+    tokens, change = drawn.shape[0] * drawn.shape[1], drawn.change(pictures)
+    assert torch.allclose(drawn.points()[1:], torch.stack([call.x for call in calls[1:]]), atol=2e-2)  # kept in float16
+    assert change[:, :tokens].abs().max() > 1
+    assert not change[:, tokens:].any()
+    calls.clear()
+    taught = style_loss(networks, teacher.text, pictures, [drawn])(random.Random(0))
+    (learned,) = calls
+    step = drawn.times.tolist().index(learned.t.item())  # of two pictures one is taken
+    styled = drawn.points()[step] + (1 - learned.t) * change
+    (each,) = [index for index in range(2) if torch.allclose(styled[index], learned.x[0], atol=1e-5)]
+    wanted = drawn.velocities[step, each].float() - change[each]
+    assert taught.item() == pytest.approx((learned.velocity[0] - wanted)[:tokens].square().mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "share"), [("base", 0.5), ("dev", 0.75)])

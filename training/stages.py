@@ -46,6 +46,8 @@ USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
 PART = 4
 """The LoRA learns from one of so many pictures of a batch: more steps tell more than more pictures."""
+BEGUN, BEGIN_SHARE = 0.74, 0.6
+"""Time down to which a drawing begins, and how often the LoRA learns there."""
 LORA_RANK = 24
 LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 """Of the blocks: what is drawn, not where to look for it."""
@@ -84,7 +86,9 @@ def style_loss(networks: Mapping[str, nn.Module], encoders: TextEncoders, album:
     """Let one LoRA of dev and schnell draw as they do without it, and beside that what the style changes.
 
     A point x of a path moves by (1 − t)·change, so the velocity there is that of the path less the change. Learned from
-    true pictures alone (flow matching), a LoRA would also have to undo what guidance and distillation did.
+    true pictures alone (flow matching), a LoRA would also have to undo what guidance and distillation did. Were all of
+    the change there at each point, it would learn to keep what it never learned to begin. So a part m·t of it is
+    missing, 0 ≤ m ≤ 1, and the velocity leads straight to all of it: less (1 + m·(1 − t))·change.
 
     Args:
         networks: dev and schnell, which get the LoRA.
@@ -100,17 +104,20 @@ def style_loss(networks: Mapping[str, nn.Module], encoders: TextEncoders, album:
         rows, columns, length = chosen.shape
         tokens, count = rows * columns, len(chosen.asked)
         each = torch.randperm(count)[: -(-count // PART)]
-        step, change = torch.randint(len(chosen.velocities), each.shape), chosen.change(album)[each]
-        t = chosen.times[step]
-        x = chosen.points()[step, each] + (1 - t)[:, None, None] * change
-        target = chosen.velocities[step, each].float() - change
+        late = chosen.times[:-1] >= BEGUN
+        weights = torch.where(late, BEGIN_SHARE / late.sum(), (1 - BEGIN_SHARE) / (~late).sum())
+        step = weights.multinomial(len(each), replacement=True)
+        t, change, missing = chosen.times[step], chosen.change(album)[each], torch.rand(len(each))
+        there = (1 - t) * (1 - missing * t)
+        x = chosen.points()[step, each] + there[:, None, None] * change
+        target = chosen.velocities[step, each].float() - (1 + missing * (1 - t))[:, None, None] * change
         with fast():
             with torch.no_grad():
                 text = chosen.text(encoders)[each]
             bias, ids = attention_bias(text, tokens, length), positions(rows, columns, length)
             guidance = None if chosen.guidance is None else chosen.guidance[each]
             predicted = velocity(networks[chosen.model], x, t, text, ids, bias, guidance)
-        return error(predicted, target, tokens).mean()
+        return (t * error(predicted, target, tokens)).mean()  # late in a drawing an error of velocity changes little
 
     return loss
 

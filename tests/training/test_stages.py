@@ -166,13 +166,25 @@ def test_paths_are_what_a_model_draws_and_the_style_is_learned_beside_them(
     assert change[:, :tokens].abs().max() > 1
     assert not change[:, tokens:].any()
     calls.clear()
-    taught = style_loss(networks, teacher.text, pictures, [drawn])(random.Random(0))
-    (learned,) = calls
-    step = drawn.times.tolist().index(learned.t.item())  # of two pictures one is taken
-    styled = drawn.points()[step] + (1 - learned.t) * change
-    (each,) = [index for index in range(2) if torch.allclose(styled[index], learned.x[0], atol=1e-5)]
-    wanted = drawn.velocities[step, each].float() - change[each]
-    assert taught.item() == pytest.approx((learned.velocity[0] - wanted)[:tokens].square().mean().item(), rel=1e-3)
+    learn, t = style_loss(networks, teacher.text, pictures, [drawn]), 1.0
+    while t == 1:  # where nothing of the style is there yet
+        taught = learn(random.Random(0))
+        learned = calls[-1]
+        t = learned.t.item()
+    step, change = drawn.times.tolist().index(t), change[:, :tokens]
+    off = (learned.x - drawn.points()[step])[
+        :, :tokens
+    ]  # of two pictures one is taken: that from which nothing else is
+    there = (off * change).sum((1, 2)) / change.square().sum((1, 2))
+    others = (off - there[:, None, None] * change).abs().amax((1, 2))
+    picture = others.argmin()
+    assert others[picture] < 1e-4
+    missing = (1 - there[picture] / (1 - t)) / t
+    assert 0 <= missing <= 1
+    # by hand: from x, the path's own end and all of the change are straight ahead
+    end = drawn.points()[step, picture] - t * drawn.velocities[step, picture].float()
+    wanted = (learned.x[0, :tokens] - end[:tokens] - change[picture]) / t
+    assert taught.item() == pytest.approx(t * (learned.velocity[0, :tokens] - wanted).square().mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "share"), [("base", 0.5), ("dev", 0.75)])

@@ -44,7 +44,7 @@ GUIDED = (0.8, 0.9)
 from all others by more than 0.99, so there a prompt changes the teacher's error and hardly the true velocity."""
 USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
-PART = 4
+PART = 2
 """The LoRA learns from one of so many pictures of a batch: more steps tell more than more pictures."""
 BEGUN, BEGIN_SHARE = 0.74, 0.6
 """Time down to which a drawing begins, and how often the LoRA learns there."""

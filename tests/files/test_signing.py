@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import PrivateFormat
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import flux_lora
 from flux_lora.errors import OutputError, SettingsError
 from flux_lora.files import outputs, provenance, signing, xmp
 from flux_lora.files.record import Parameters
@@ -69,7 +70,7 @@ def test_a_reader_that_trusts_the_root_trusts_the_picture(signer: signing.Signer
     (action,) = assertions(content)["c2pa.actions.v2"]["actions"]
     assert (action["action"], action["digitalSourceType"]) == ("c2pa.created", xmp.AI_GENERATED)
     (generator,) = manifest(content)["claim_generator_info"]
-    assert (generator["name"], generator["version"]) == ("flux-lora", "0.1.0")
+    assert (generator["name"], generator["version"]) == ("flux-lora", flux_lora.__version__)
     assert "ingredients" not in manifest(content)
     assert "thumbnail" not in manifest(content)
 

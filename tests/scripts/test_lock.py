@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SERVING, COG, DEV = (f"requirements{suffix}.txt" for suffix in ("", "-cog", "-dev"))
 BY_MACHINE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
-"""PyTorch and what its CUDA build brings."""
+"""PyTorch and what its CUDA build brings, Triton among it."""
 
 ENVIRONMENTS = [
     {
@@ -192,7 +192,7 @@ def test_the_package_names_exactly_what_it_imports() -> None:
     named = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     extra = itertools.chain.from_iterable(project["optional-dependencies"].values())
     optional = {canonicalize_name(Requirement(text).name) for text in extra}
-    assert set(imported("flux_lora/**/*.py")) - optional - {"flux-lora"} == named
+    assert set(imported("flux_lora/**/*.py")) - optional - {"flux-lora", "triton"} == named
     assert set(imported("predict.py")) - {"flux-lora"} == {"cog"}
 
 

@@ -211,7 +211,7 @@ def test_an_update_that_is_zero_costs_nothing(case: str, dtype: torch.dtype, tmp
     state = MergedModule("text_encoder", encoder, {})
     assert state.state_of([(adapter, 1.0)]) == ()
     assert not state.bring([(adapter, 1.0)])
-    assert state.where() == "all pristine"
+    assert state.where() == "no pristine weights kept"
 
 
 def test_the_magnitude_of_a_zero_update_counts(tmp_path: Path) -> None:

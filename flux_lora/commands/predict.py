@@ -125,10 +125,10 @@ def _input_help() -> Iterator[str]:
 def _inputs(options: argparse.Namespace) -> dict[str, Any]:
     if options.json is not None:
         return _json_inputs(options.json)
-    return dict(_flag(flag) for flag in options.input)
+    return dict(flag(flag) for flag in options.input)
 
 
-def _flag(flag: str) -> tuple[str, Any]:
+def flag(flag: str) -> tuple[str, Any]:
     """Read NAME=VALUE as the input's documented type; what cannot be read is left for the request model to refuse."""
     name, equals, value = flag.partition("=")
     if not equals:

@@ -120,7 +120,7 @@ class Attention(nn.Module):
 
 
 def adapter(digest: str, *updates: Update) -> Adapter:
-    return Adapter(digest, "", {"transformer": updates}, {}, "", 0)
+    return Adapter(digest, digest, "", "", {"transformer": updates}, {}, "", 0)
 
 
 def low_rank(*parameters: str, rank: int) -> LowRank:

@@ -24,14 +24,15 @@ RANK = 16
 
 
 class Tile(NamedTuple):
-    """What a program computes at a time."""
+    """What a program computes at a time, by warps of 32 threads, and stages in which it loads ahead."""
 
     rows: int
     columns: int
     warps: int
+    stages: int
 
 
-TILES = {"merge": Tile(64, 128, 4), "merge_eight_bits": Tile(16, 256, 4)}
+TILES = {"merge": Tile(64, 128, 4, 3), "merge_eight_bits": Tile(16, 256, 4, 3)}
 """By program, the fastest on an H100 (`benchmarks/kernels.py`)."""
 
 
@@ -70,7 +71,7 @@ def launch(name: str, out: Sequence[Tensor], base: Tensor, up: Tensor, down: Ten
     with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
         program(
             *out, base, up, down, scale, height, width, up.shape[1],
-            ROWS=tile.rows, COLUMNS=tile.columns, RANK=RANK, num_warps=tile.warps, num_stages=1,
+            ROWS=tile.rows, COLUMNS=tile.columns, RANK=RANK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_lora.lora.deltas import LowRank, strength
+from flux_lora.lora.deltas import LowRank, float32, strength
 from flux_lora.speed import kernels
 from flux_lora.speed.quantization import QuantizedLinear, Scheme
 
@@ -54,7 +54,12 @@ def merge(weight: "Weight", pristine: Tensor, contributions: "Sequence[Contribut
         return False
     up, down, scale = _factors(contributions, weight.shape, device)
     targets = [weight.values, weight.scales] if isinstance(weight, QuantizedLinear) else [weight]
-    there = [target if target.device == device else torch.empty_like(target, device=device) for target in targets]
+    there = [
+        target
+        if target.device == device and target.is_contiguous()
+        else torch.empty(target.shape, dtype=target.dtype, device=device)
+        for target in targets
+    ]
     base = pristine.to(device).contiguous()
     launch("merge_eight_bits" if len(targets) == 2 else "merge", there, base, up, down, scale)
     for target, written in zip(targets, there, strict=True):
@@ -94,21 +99,21 @@ def _factors(
     if len(updates) == 1 and contributions[0].stop - contributions[0].start == shape[0] and not ranks[0] % RANK:
         item, update = contributions[0], updates[0]
         rows = update.up[item.offset : item.offset + shape[0]]
-        return _float32(rows, device), _float32(update.down, device), strength(item.scale, update.factor)
+        return (
+            float32(rows, device).contiguous(),
+            float32(update.down, device).contiguous(),
+            strength(item.scale, update.factor),
+        )
     rank = max(1, -(-sum(ranks) // RANK)) * RANK
     up, down = torch.zeros(shape[0], rank, device=device), torch.zeros(rank, shape[1], device=device)
     start = 0
     for item, update in zip(contributions, updates, strict=True):
         stop = start + len(update.down)
         rows = update.up[item.offset : item.offset + item.stop - item.start]
-        up[item.start : item.stop, start:stop] = _float32(rows, device) * strength(item.scale, update.factor)
+        up[item.start : item.stop, start:stop] = float32(rows, device) * strength(item.scale, update.factor)
         down[start:stop] = update.down.to(device)
         start = stop
     return up, down, 1.0
-
-
-def _float32(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device).to(torch.float32).contiguous()
 
 
 def _programs() -> Any:

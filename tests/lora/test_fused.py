@@ -120,7 +120,8 @@ class Attention(nn.Module):
 
 
 def adapter(digest: str, *updates: Update) -> Adapter:
-    return Adapter(digest, "", {"transformer": updates}, {}, "", 0)
+    unsaid = {"data_digest": "", "name": "", "family": "", "summary": "", "ignored": {}, "nbytes": 0}
+    return Adapter(digest=digest, updates={"transformer": updates}, **unsaid)
 
 
 def low_rank(*parameters: str, rank: int) -> LowRank:

@@ -1,5 +1,7 @@
 """The fused kernels, whole blocks and merging, timed on a GPU at FLUX.1's sizes, and checked there first.
 
+What takes less time on the GPU than its call on the host is replayed as a CUDA graph: else the host is what is timed.
+
     python benchmarks/kernels.py --json kernels.json [--parts kernels,blocks,merge,attention,host,references]
 
 Parts run in that order, the most important first, none begins after ``--limit`` seconds, and the file is written after
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
+from flux_lora.lora import fused
+from flux_lora.lora.deltas import LowRank, Rows
+from flux_lora.lora.merge import Contribution
 from flux_lora.speed import kernels
 from flux_lora.speed.quantization import QuantizedLinear, prepare
 
@@ -31,7 +36,7 @@ OPTIONS = {"deterministic": True}
 Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...], int]
 """Name, kernel, reference, arguments, and the fewest bytes that must be moved."""
 
-TUNED = ("join -> fp8", "GELU -> fp8", "modulate -> fp8", "add, modulate -> fp8", "rotate q k v, heads first")
+TUNED = ("join -> fp8", "GELU -> fp8", "modulate -> fp8", "add, modulate -> fp8", "modulate", "rotate q k")
 """Timed with several numbers of warps, each of which takes a second to compile."""
 
 
@@ -49,11 +54,17 @@ class Sizes:
         return torch.randn(size, device=self.device, dtype=torch.float32).to(dtype)
 
 
-def seconds(work: Callable[[], object], device: torch.device, rep: int = 40) -> float:
-    """Median seconds of a call whose inputs are not in the cache."""
+def seconds(work: Callable[[], object], device: torch.device, rep: int = 40, *, replayed: bool = True) -> float:
+    """Median seconds of a call whose inputs are not in the cache, without what the host needs for it."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
+        if replayed:
+            work()  # compiles
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            work = graph.replay
         return float(do_bench(work, warmup=10, rep=rep, return_mode="median")) / 1000
     work()
     started = time.perf_counter()
@@ -115,20 +126,16 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     turn = (angles.cos().repeat_interleave(2, 1).contiguous(), angles.sin().repeat_interleave(2, 1).contiguous(), 1e-6)
     reference, moved = kernels.rotate_reference, tokens * width * 4
     table = 2 * tokens * head * 4
-    for order, first in (("heads first", True), ("tokens first", False)):
-        yield f"rotate q k v, {order}", rotate, reference, (parts, [], norms, [], *turn, first), 3 * moved + table
-        yield (
-            f"rotate q k v of text and image, {order}", rotate, reference,
-            (split[1], split[0], norms, norms, *turn, first), 3 * moved + table,
-        )  # fmt: skip
-    yield "rotate q k, tokens first", rotate, reference, (parts[:2], [], norms, [], *turn, False), 2 * moved + table
+    yield "rotate q k", rotate, reference, (parts[:2], [], norms, [], *turn), 2 * moved + table
+    joined = (split[1], split[0], norms, norms, *turn)
+    yield "rotate q k v of text and image", rotate, reference, joined, 3 * moved + table
 
 
 def time_kernels(sizes: Sizes, rate: float) -> dict[str, Any]:
     """Each kernel: checked against its reference, then timed with several numbers of warps."""
     found = {}
     for name, kernel, reference, arguments, moved in cases(sizes):
-        operator = kernel._opoverload._schema.name.split("::")[1]  # type: ignore[attr-defined]
+        operator = kernel._schema.name.split("::")[1]  # type: ignore[attr-defined]
         row: dict[str, Any] = {
             "check": check(kernel(*arguments), reference(*arguments)),
             "floor_us": moved / rate * 1e6,
@@ -151,8 +158,6 @@ def time_references(sizes: Sizes, rate: float) -> dict[str, float]:  # noqa: ARG
     """Each kernel's reference, compiled."""
     found = {}
     for name, _, reference, arguments, _ in cases(sizes):
-        if "tokens first" in name:
-            continue
         torch._dynamo.reset()
         compiled = torch.compile(reference, options=OPTIONS, dynamic=False)
         found[name] = seconds(lambda: compiled(*arguments), sizes.device) * 1e6  # noqa: B023 - called at once
@@ -269,19 +274,21 @@ def time_attention(sizes: Sizes, rate: float) -> dict[str, float]:  # noqa: ARG0
     operations = 4 * tokens**2 * heads * head
     first = [sizes.noise(1, heads, tokens, head) for _ in range(3)]
     last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in first]
-    fused = [
-        x.unflatten(-1, (heads, head)).transpose(1, 2) for x in sizes.noise(1, tokens, 3 * sizes.width).chunk(3, -1)
-    ]
+
+    def within(count: int) -> list[Tensor]:
+        """Tensors that lie beside each other for each token."""
+        return [x.transpose(1, 2) for x in sizes.noise(1, tokens, count, heads, head).unbind(2)]
+
+    three = within(3)
     orders = {
+        "as `rotate` leaves q and k, the fused product v": [*within(2), three[2]],
+        "as `rotate` leaves q, k and v of text and image": three,
         "heads first": first,
         "tokens first": last,
-        "as the fused product leaves them": fused,
-        "q and k heads first, v as the fused product leaves it": [*first[:2], fused[2]],
-        "q and k tokens first, v as the fused product leaves it": [*last[:2], fused[2]],
     }
     found = {}
     for name, inputs in orders.items():
-        spent = seconds(lambda: F.scaled_dot_product_attention(*inputs), sizes.device)  # noqa: B023 - called at once
+        spent = seconds(lambda: F.scaled_dot_product_attention(*inputs), sizes.device, replayed=False)  # noqa: B023
         out = F.scaled_dot_product_attention(*inputs)
         found[name] = operations / spent / 1e12
         print(f"SDPA {name:56} {found[name]:7.1f} TFLOP/s, output strides {out.stride()}", flush=True)
@@ -315,8 +322,18 @@ def time_host(sizes: Sizes, rate: float) -> dict[str, float]:  # noqa: ARG001 - 
     return found
 
 
+MERGES = {
+    "merge": ((64, 128, 4, 3), (64, 128, 4, 1), (64, 64, 4, 3), (128, 128, 8, 3), (32, 256, 4, 3)),
+    "merge_eight_bits": ((16, 256, 4, 3), (16, 256, 4, 1), (16, 256, 8, 3), (32, 256, 8, 3), (16, 128, 4, 3)),
+}
+"""Rows and columns that a program computes at a time, its warps, and stages in which it loads ahead."""
+
+
 def time_merge(sizes: Sizes, rate: float) -> dict[str, Any]:
-    """A scale change of all of FLUX.1 dev: estimated from one double and one single block's layers."""
+    """A scale change of all of FLUX.1 dev: estimated from one double and one single block's layers.
+
+    By PyTorch's products; as served, with what the host does for each layer; and by the programs alone, in other tiles.
+    """
     width, device, rank = sizes.width, sizes.device, 16
     shapes = {  # (rows, columns): how many in the model
         (width, width): 19 * 8 + 38 * 3, (4 * width, width): 19 * 2 + 38, (width, 4 * width): 19 * 2,
@@ -325,34 +342,23 @@ def time_merge(sizes: Sizes, rate: float) -> dict[str, Any]:
     total = sum(rows * columns * count for (rows, columns), count in shapes.items())
     found: dict[str, Any] = {"floor_s": {"bf16": 4 * total / rate, "fp8": 3 * total / rate}}
     print(f"merge: {total / 1e9:.2f} G elements; floor {found['floor_s']}")
-    layers = {}
-    for rows, columns in shapes:
-        base = sizes.noise(rows, columns) * 0.02
-        up, down = sizes.noise(rows, rank, dtype=torch.float32), sizes.noise(rank, columns, dtype=torch.float32)
-        layers[rows, columns] = (base, up, down, torch.empty_like(base), _eight_bits(base))
-    methods: dict[str, Callable[..., None]] = {}
-    for elements in (2**20, 2**21, 2**22, 2**23, 2**24, None):
-        name = f"PyTorch, {elements} elements at a time"
-        methods[f"bf16 {name}"] = lambda layer, elements=elements: _merge(layer, elements, False)
-        methods[f"fp8 {name}"] = lambda layer, elements=elements: _merge(layer, elements, True)
-    if device.type == "cuda":
-        methods |= triton_merges(rank)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    expected: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
-    for shape, layer in layers.items():
-        _merge(layer, None, False)
-        _merge(layer, None, True)
-        expected[shape] = (layer[3].clone(), layer[4].values.clone(), layer[4].scales.clone())
+    layers = {shape: Layer(sizes, *shape, rank) for shape in shapes}
+    methods: dict[str, Callable[[Layer], object]] = {}
+    for kind, target in (("bf16", "merge"), ("fp8", "merge_eight_bits")):
+        methods[f"{kind} PyTorch"] = Layer.by_torch_eight_bits if kind == "fp8" else Layer.by_torch
+        if not kernels.launches(layers[width, width].base):
+            continue
+        methods[f"{kind} as served"] = Layer.served_eight_bits if kind == "fp8" else Layer.served
+        for tile in MERGES[target] if device.type == "cuda" else ():
+            name = "{} program, {}×{}, {} warps, {} stages".format(kind, *tile)
+            methods[name] = lambda layer, target=target, tile=tile: layer.program(target, fused.Tile(*tile))
     for name, method in methods.items():
         differing = 0.0
-        for shape, layer in layers.items():
-            layer[3].fill_(float("nan"))
+        for layer in layers.values():
+            expected, actual = layer.expected(name.startswith("fp8")), layer.result(name.startswith("fp8"))
+            actual.fill_(1)
             method(layer)
-            actual, known = (
-                (layer[4].values, expected[shape][1]) if name.startswith("fp8") else (layer[3], expected[shape][0])
-            )
-            view = torch.uint8 if name.startswith("fp8") else torch.int16
-            differing = max(differing, float((actual.view(view) != known.view(view)).float().mean()))
+            differing = max(differing, float((actual.view(expected.dtype) != expected).float().mean()))
         spent = sum(
             steady(lambda: method(layer), device, 5) * shapes[shape]  # noqa: B023 - called at once
             for shape, layer in layers.items()
@@ -362,58 +368,46 @@ def time_merge(sizes: Sizes, rate: float) -> dict[str, Any]:
     return found
 
 
-def _eight_bits(weight: Tensor) -> QuantizedLinear:
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
-    return QuantizedLinear(linear, "fp8", weight.device)
+class Layer:
+    """A weight and a low-rank update of it, whose matrices wait in host memory as an adapter's do."""
 
+    def __init__(self, sizes: Sizes, rows: int, columns: int, rank: int) -> None:
+        """Make noise, and the results by PyTorch."""
+        self.base = sizes.noise(rows, columns) * 0.02
+        self.out = torch.empty_like(self.base)
+        linear = torch.nn.Linear(columns, rows, bias=False, dtype=self.base.dtype, device="meta")
+        self.eight = QuantizedLinear(linear, "fp8", self.base.device)
+        up, down = (sizes.noise(*size).cpu() for size in ((rows, rank), (rank, columns)))
+        self.up, self.down = up.to(self.base.device).float(), down.to(self.base.device).float()
+        self.contribution = Contribution("", LowRank((Rows("", 0, rows),), up, down, 1.0), 0.7, 0, rows, 0)
+        self.by_torch()
+        self.by_torch_eight_bits()
+        self._expected = [self.result(quantized).clone() for quantized in (False, True)]
 
-def _merge(layer: tuple[Any, ...], elements: int | None, quantized: bool) -> None:
-    """As merge.py does now, ``elements`` of the weight at a time."""
-    base, up, down, out, eight = layer
-    count, columns = base.shape
-    rows = min(count, max(1, elements // columns)) if elements else count
-    sums = torch.empty(rows, columns, dtype=torch.float32, device=base.device)
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        total = sums[: stop - start].copy_(base[start:stop])
-        total.addmm_(up[start:stop], down, alpha=0.7)
-        if quantized:
-            eight.write_rows(start, stop, total)
-        else:
-            out[start:stop].copy_(total)
+    def result(self, quantized: bool) -> Tensor:
+        return self.eight.values.view(torch.uint8) if quantized else self.out
 
+    def expected(self, quantized: bool) -> Tensor:
+        return self._expected[quantized]
 
-def triton_merges(rank: int) -> dict[str, Callable[..., None]]:
-    """One program for a tile (bf16), or for some rows (fp8)."""
-    import kernels_merge as programs  # beside this file: the programs must be decorated at the top of a module
+    def by_torch(self) -> None:
+        """As other algorithms than low-rank ones are merged."""
+        self.out.copy_(self.base.float().addmm_(self.up, self.down, alpha=0.7))
 
-    methods: dict[str, Callable[..., None]] = {}
-    for rows, columns, warps, product in (
-        (64, 128, 8, "loop"), (64, 64, 4, "loop"), (64, 128, 4, "ieee"), (64, 128, 4, "tf32x3"),
-        (128, 128, 8, "tf32x3"),
-    ):  # fmt: skip
+    def by_torch_eight_bits(self) -> None:
+        self.eight.write_rows(0, len(self.base), self.base.float().addmm_(self.up, self.down, alpha=0.7))
 
-        def tiles(layer: Any, rows: int = rows, columns: int = columns, warps: int = warps, how: str = product) -> None:
-            base, up, down, out, _ = layer
-            programs.tile[base.shape[0] // rows, base.shape[1] // columns](
-                out, base, up, down, 0.7, base.shape[1],
-                RANK=rank, ROWS=rows, COLUMNS=columns, PRODUCT=how, num_warps=warps,
-            )  # fmt: skip
+    def program(self, name: str, tile: fused.Tile) -> None:
+        chosen, fused.TILES[name] = fused.TILES[name], tile
+        out = [self.out] if name == "merge" else [self.eight.values, self.eight.scales]
+        fused.launch(name, out, self.base, self.up, self.down, 0.7)
+        fused.TILES[name] = chosen
 
-        methods[f"bf16 Triton, {rows}×{columns}, {warps} warps, {product}"] = tiles
-    for rows, columns, warps, product in (
-        (16, 128, 4, "loop"), (16, 256, 4, "ieee"), (16, 256, 4, "tf32x3"), (16, 512, 8, "tf32x3"),
-    ):  # fmt: skip
+    def served(self) -> None:
+        fused.merge(self.out, self.base, [self.contribution], self.base.device)
 
-        def lines(layer: Any, rows: int = rows, columns: int = columns, warps: int = warps, how: str = product) -> None:
-            base, up, down, _, eight = layer
-            programs.lines[(base.shape[0] // rows,)](
-                eight.values, eight.scales, base, up, down, 0.7, base.shape[1],
-                RANK=rank, ROWS=rows, COLUMNS=columns, PRODUCT=how, num_warps=warps,
-            )  # fmt: skip
-
-        methods[f"fp8 Triton, {rows}×{columns}, {warps} warps, {product}"] = lines
-    return methods
+    def served_eight_bits(self) -> None:
+        fused.merge(self.eight, self.base, [self.contribution], self.base.device)
 
 
 PARTS: dict[str, Callable[[Sizes, float], Any]] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flux_lora.lora.deltas import LowRank, strength
+from flux_lora.lora.deltas import LowRank, float32, strength
 from flux_lora.speed import kernels
 from flux_lora.speed.quantization import QuantizedLinear, Scheme
 
@@ -24,14 +24,15 @@ RANK = 16
 
 
 class Tile(NamedTuple):
-    """What a program computes at a time."""
+    """What a program computes at a time, by warps of 32 threads, and stages in which it loads ahead."""
 
     rows: int
     columns: int
     warps: int
+    stages: int
 
 
-TILES = {"merge": Tile(64, 128, 4), "merge_eight_bits": Tile(16, 256, 4)}
+TILES = {"merge": Tile(64, 128, 4, 3), "merge_eight_bits": Tile(16, 256, 4, 3)}
 """By program, the fastest on an H100 (`benchmarks/kernels.py`)."""
 
 
@@ -53,7 +54,12 @@ def merge(weight: "Weight", pristine: Tensor, contributions: "Sequence[Contribut
         return False
     up, down, scale = _factors(contributions, weight.shape, device)
     targets = [weight.values, weight.scales] if isinstance(weight, QuantizedLinear) else [weight]
-    there = [target if target.device == device else torch.empty_like(target, device=device) for target in targets]
+    there = [
+        target
+        if target.device == device and target.is_contiguous()
+        else torch.empty(target.shape, dtype=target.dtype, device=device)
+        for target in targets
+    ]
     base = pristine.to(device).contiguous()
     launch("merge_eight_bits" if len(targets) == 2 else "merge", there, base, up, down, scale)
     for target, written in zip(targets, there, strict=True):
@@ -70,7 +76,7 @@ def launch(name: str, out: Sequence[Tensor], base: Tensor, up: Tensor, down: Ten
     with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
         program(
             *out, base, up, down, scale, height, width, up.shape[1],
-            ROWS=tile.rows, COLUMNS=tile.columns, RANK=RANK, num_warps=tile.warps, num_stages=1,
+            ROWS=tile.rows, COLUMNS=tile.columns, RANK=RANK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -93,21 +99,21 @@ def _factors(
     if len(updates) == 1 and contributions[0].stop - contributions[0].start == shape[0] and not ranks[0] % RANK:
         item, update = contributions[0], updates[0]
         rows = update.up[item.offset : item.offset + shape[0]]
-        return _float32(rows, device), _float32(update.down, device), strength(item.scale, update.factor)
+        return (
+            float32(rows, device).contiguous(),
+            float32(update.down, device).contiguous(),
+            strength(item.scale, update.factor),
+        )
     rank = max(1, -(-sum(ranks) // RANK)) * RANK
     up, down = torch.zeros(shape[0], rank, device=device), torch.zeros(rank, shape[1], device=device)
     start = 0
     for item, update in zip(contributions, updates, strict=True):
         stop = start + len(update.down)
         rows = update.up[item.offset : item.offset + item.stop - item.start]
-        up[item.start : item.stop, start:stop] = _float32(rows, device) * strength(item.scale, update.factor)
+        up[item.start : item.stop, start:stop] = float32(rows, device) * strength(item.scale, update.factor)
         down[start:stop] = update.down.to(device)
         start = stop
     return up, down, 1.0
-
-
-def _float32(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device).to(torch.float32).contiguous()
 
 
 def _programs() -> Any:

@@ -47,6 +47,8 @@ FOCUS = {"sharp": 0, "soft": 10}
 
 
 class Score(NamedTuple):
+    """How a drawing was scored."""
+
     value: float
     thing: str
     background: str
@@ -55,10 +57,12 @@ class Score(NamedTuple):
 
     @property
     def title(self) -> str:
+        """Say what it is a drawing of, and its score."""
         return "-".join(self[1:])
 
 
 def main() -> None:
+    """Score the drawings, and print what withholds how many."""
     options = _options()
     icons = json.loads(options.icons.read_text())
     things = [name for name in icons["icons"] if name.isalpha()]

@@ -35,6 +35,7 @@ class Stopwatch:
     """Seconds that a module's calls take together."""
 
     def __init__(self, module: torch.nn.Module) -> None:
+        """Time the calls of a module."""
         self.seconds = 0.0
         module.register_forward_pre_hook(self._start)
         module.register_forward_hook(self._stop)

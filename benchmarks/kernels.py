@@ -44,6 +44,7 @@ class Sizes:
     """Of one image of 1024×1024 pixels; or small."""
 
     def __init__(self, small: bool) -> None:
+        """Take the sizes of one image of a megapixel, or small ones."""
         self.texts, self.images = (8, 24) if small else (512, 4096)
         self.heads, self.head = (2, 32) if small else (24, 128)
         self.width = self.heads * self.head
@@ -51,6 +52,7 @@ class Sizes:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def noise(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Make normal noise of a size on the device."""
         return torch.randn(size, device=self.device, dtype=torch.float32).to(dtype)
 
 
@@ -385,9 +387,11 @@ class Layer:
         self._expected = [self.result(quantized).clone() for quantized in (False, True)]
 
     def result(self, quantized: bool) -> Tensor:
+        """The merged weight as the program leaves it."""
         return self.eight.values.view(torch.uint8) if quantized else self.out
 
     def expected(self, quantized: bool) -> Tensor:
+        """The weight as PyTorch computes it."""
         return self._expected[quantized]
 
     def by_torch(self) -> None:
@@ -395,18 +399,22 @@ class Layer:
         self.out.copy_(self.base.float().addmm_(self.up, self.down, alpha=0.7))
 
     def by_torch_eight_bits(self) -> None:
+        """Merge and quantize by PyTorch."""
         self.eight.write_rows(0, len(self.base), self.base.float().addmm_(self.up, self.down, alpha=0.7))
 
     def program(self, name: str, tile: fused.Tile) -> None:
+        """Merge by one program with a tile."""
         chosen, fused.TILES[name] = fused.TILES[name], tile
         out = [self.out] if name == "merge" else [self.eight.values, self.eight.scales]
         fused.launch(name, out, self.base, self.up, self.down, 0.7)
         fused.TILES[name] = chosen
 
     def served(self) -> None:
+        """Merge as the service does."""
         fused.merge(self.out, self.base, [self.contribution], self.base.device)
 
     def served_eight_bits(self) -> None:
+        """Merge and quantize as the service does."""
         fused.merge(self.eight, self.base, [self.contribution], self.base.device)
 
 

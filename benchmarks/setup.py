@@ -63,6 +63,7 @@ class Peak:
     """Watches the anonymous memory of this process."""
 
     def __enter__(self) -> "Peak":
+        """Begin to watch."""
         self.before = self.highest = _anonymous_bytes()
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
@@ -74,6 +75,7 @@ class Peak:
             self.highest = max(self.highest, _anonymous_bytes())
 
     def __exit__(self, *_: object) -> None:
+        """End watching."""
         self.after = _anonymous_bytes()
         self._done.set()
         self._watcher.join()

@@ -8,7 +8,7 @@ JOINERS = "\u200d\ufe0f"
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Escape what a terminal would obey, and what turns the direction of writing, as ``\\x1b`` or ``\\u202e``.
+    r"""Escape what a terminal would obey, and what turns the direction of writing, as ``\x1b`` or ``\u202e``.
 
     Args:
         text: of anybody.

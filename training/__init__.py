@@ -1,0 +1,1 @@
+"""How the miniature was made, and how to train it further."""

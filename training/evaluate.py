@@ -113,6 +113,7 @@ class TruePictures:
     """Every thing as its drawing really is, in each tilt and mirrored, on a background, cut out in the same way."""
 
     def __init__(self, style: str = BASE) -> None:
+        """Take the drawings of a style."""
         self._poses = {
             thing: [
                 render(style, thing, Pose(0.7 * CANVAS, tilt, mirrored, *[0.15 * CANVAS] * 2), CANVAS, CANVAS)
@@ -145,9 +146,11 @@ class Artist:
     """The service's generator on a weights directory."""
 
     def __init__(self, weights: Path) -> None:
+        """Set the service up."""
         self._generator = assemble(Settings(weights=weights), log=_ignore)
 
     def draw(self, prompt: str, seed: int, **inputs: Any) -> Image.Image:
+        """Draw one picture, of the base model unless a scale is given."""
         given = {"lora_scale": 0.0, "output_format": "png", "disable_safety_checker": True} | inputs
         request = Request.parse(prompt=prompt, seed=seed, **given)
         (file,) = self._generator.draw(request, _ignore)

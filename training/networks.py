@@ -38,6 +38,7 @@ class Text:
     pooled: Tensor
 
     def __getitem__(self, index: Any) -> "Text":
+        """Select some of them."""
         return Text(self.tokens[index], self.bias, self.pooled[index])
 
 
@@ -45,6 +46,7 @@ class TextEncoders(nn.Module):
     """CLIP and T5 with their tokenizers."""
 
     def __init__(self) -> None:
+        """Make both encoders, untrained."""
         super().__init__()
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer(), t5_tokenizer()
         self.clip = CLIPTextModel(

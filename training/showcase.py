@@ -37,10 +37,12 @@ def predict(prompt: str, seed: int, lora_scale: float) -> Image.Image:
 
 
 def row(pictures: Sequence[Image.Image], file: Path) -> None:
+    """Write pictures side by side."""
     grid(pictures, side=200, across=len(pictures)).save(file, quality=90)
 
 
 def main() -> None:
+    """Draw the pictures of the README."""
     row([predict(prompt, seed, 0.0) for prompt, seed in PROMPTS], DOCS / "miniature.webp")
     row([predict(*STYLED, scale) for scale in SCALES], DOCS / "lora-scale.webp")
 

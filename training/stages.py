@@ -57,6 +57,7 @@ class Teacher(nn.Module):
     """The undistilled model: text encoders and a transformer without guidance input, trained by flow matching."""
 
     def __init__(self) -> None:
+        """Make the network, untrained."""
         super().__init__()
         self.text = TextEncoders()
         self.transformer = new_transformer(guidance=False)

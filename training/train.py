@@ -60,14 +60,17 @@ class Workshop:
     """The stages' common ground: a directory with what was made so far, and the steps and rates of each stage."""
 
     def __init__(self, directory: Path, steps: dict[str, int], rates: dict[str, float] | None = None) -> None:
+        """Train in a directory, each stage for so many steps."""
         self.directory = directory
         self._steps = steps
         self._rates = rates or RATES
 
     def album(self) -> Album:
+        """The drawings and their codes."""
         return Album(self._stored("album")["codes"], self.autoencoder())
 
     def autoencoder(self) -> PatchAutoencoder:
+        """The trained VAE."""
         autoencoder = PatchAutoencoder(**AUTOENCODER)
         autoencoder.load_state_dict(self._stored("album")["autoencoder"])
         if (self.directory / "smoothing.pt").exists():
@@ -87,23 +90,29 @@ class Workshop:
         return teacher
 
     def teacher(self) -> Teacher:
+        """The trained teacher, from its checkpoint."""
         return self._trained(self.untrained(), "base")
 
     def untrained_dev(self) -> nn.Module:
-        """dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
+        """Dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
         shipped = (self.directory / "guidance.pt").exists()
         return new_dev(self.teacher(), self._stored("guidance") if shipped else None)
 
     def dev(self) -> nn.Module:
+        """The trained dev."""
         return self._trained(self.untrained_dev(), "dev")
 
     def schnell(self) -> nn.Module:
+        """The trained schnell."""
         return self._trained(new_schnell(self.dev()), "schnell")
 
     def style(self) -> Weights:
+        """The trained LoRA."""
         return self._stored("style")["average"]
 
     def train(self, name: str, module: nn.Module, loss: Loss, draw: Draw | None = None) -> None:
+        """Train a stage, from its last checkpoint if there is one."""
+
         def sheet(average: Weights, step: int) -> None:
             model = copy.deepcopy(module)
             model.load_state_dict(average, strict=False)
@@ -240,6 +249,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
 
 
 def main() -> None:
+    """Train the stages that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=", ".join(STAGES))
     parser.add_argument("--directory", type=Path, default=Path("training/cache"), help="default: %(default)s")

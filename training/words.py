@@ -23,6 +23,7 @@ class Reader(nn.Module):
     """Text encoders and what reads their outputs while they learn."""
 
     def __init__(self) -> None:
+        """Make the networks, untrained."""
         super().__init__()
         self.text = TextEncoders()
         answers = len(THINGS) + len(BACKGROUNDS) + 2  # one more of each, for a prompt that does not say

@@ -66,6 +66,7 @@ class RemoteFile:
 
     @property
     def present(self) -> bool:
+        """Bytes of it that are on the disk already."""
         return _size(self.target) == self.size
 
     @property

@@ -61,6 +61,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
 

@@ -31,6 +31,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch what is named; the exit status says whether all of it is there."""
     parser = argparse.ArgumentParser(
         prog="scripts/download_weights",
         description=DESCRIPTION,

@@ -197,7 +197,7 @@ def _keep_numbered(files: Sequence[Path]) -> list[Path]:
 
 
 def _keep_as(files: Sequence[Path], output: Path) -> list[Path]:
-    """Copy files to where ``-o`` says, named as Cog names them: PATH.0.webp …"""
+    """Copy files to where ``-o`` says, named as Cog names them: PATH.0.webp and so on."""
     stem = output / "output" if output.is_dir() else output.with_suffix("")
     targets = [stem.with_name(f"{stem.name}.{index}{file.suffix}") for index, file in enumerate(files)]
     for file, target in zip(files, targets, strict=True):

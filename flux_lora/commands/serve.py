@@ -1,5 +1,7 @@
-"""``scripts/serve``: Cog's own HTTP server without Docker, watched over: ended with a reason where Cog would start for
-ever, started again where Cog would never draw again."""
+"""``scripts/serve``: Cog's own HTTP server without Docker, watched over.
+
+It ends with a reason where Cog would start for ever, and is started again where Cog would never draw again.
+"""
 
 import argparse
 import errno
@@ -24,6 +26,7 @@ NOT_ALONE = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop; the exit status is 1 when it ended with a reason."""
     options = _parser().parse_args(arguments)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -58,6 +58,7 @@ class LowRank:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        """Bind up @ down to a device."""
         return _LowRankDelta(float32(self.up, device), float32(self.down, device), self.factor)
 
 
@@ -70,6 +71,7 @@ class Full:
     factor: float = 1.0
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        """Bind the value to a device."""
         return Dense(float32(self.value, device), self.factor)
 
 
@@ -86,6 +88,7 @@ class Hadamard:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        """Compute the product of the two on a device."""
         return Dense(_product(self.w1, device) * _product(self.w2, device), self.factor)
 
 
@@ -102,6 +105,7 @@ class Kronecker:
     factor: float
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:  # noqa: ARG002 - independent of W
+        """Compute the Kronecker product on a device."""
         return Dense(torch.kron(_product(self.w1, device), _product(self.w2, device)), self.factor)
 
 
@@ -113,6 +117,7 @@ class Whole:
     value: Tensor
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        """Take the difference to the base weights on a device."""
         return Dense(float32(self.value, device) - pristine(), 1.0)
 
 
@@ -134,9 +139,11 @@ class Magnitude:
 
     @property
     def target(self) -> tuple[Rows, ...]:
+        """Where the rows of ΔW lie."""
         return self.direction.target
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        """Compute what magnitude and direction add to the base weights, on a device."""
         weight = pristine()
         moved = weight.clone()
         self.direction.delta(device, pristine).add_rows(moved, 0, len(moved), 1.0)
@@ -164,6 +171,7 @@ class Dense:
     factor: float
 
     def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
+        """Add scale · ΔW[start:stop] to ``out``."""
         out.add_(self.value[start:stop], alpha=strength(scale, self.factor))
 
 

@@ -28,6 +28,7 @@ class AdapterLibrary:
     """
 
     def __init__(self, shapes: Shapes, budget: int | None = None) -> None:
+        """Take the shapes of the served parameters, and the budget in bytes; None: what free memory allows."""
         self._shapes = shapes
         self._budget = _free() // SHARE if budget is None else budget
         self._known: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()

@@ -44,6 +44,7 @@ class Rotation:
     magnitude: Tensor | None = None
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
+        """Compute what the rotation adds to the base weights, on a device."""
         weight = pristine()
         turned = weight if self.axis == "rows" else weight.T
         change = torch.zeros_like(turned)
@@ -113,6 +114,7 @@ class PeftOft:
     scaled: bool = False
 
     def __call__(self, vectors: Tensor) -> Tensor:
+        """Rotate vectors."""
         size = block_size(vectors.shape[1])
         skew = vectors.new_zeros(len(vectors), size, size)
         rows, columns = torch.triu_indices(size, size, 1, device=vectors.device)

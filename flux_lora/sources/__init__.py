@@ -69,6 +69,7 @@ class Sources:
         request_rate: float = 64 * 1024,
         network: Network = PUBLIC,
     ) -> None:
+        """Take limits and the way to the internet; `from_settings` gives the operator's."""
         self._cache = Cache(cache, cache_bytes)
         self._max_bytes = max_bytes
         self._tokens = tokens
@@ -84,6 +85,7 @@ class Sources:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
+        """Make them as the operator's settings say."""
         return cls(
             cache=settings.adapter_cache,
             cache_bytes=settings.adapter_cache_bytes,

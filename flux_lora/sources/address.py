@@ -51,6 +51,7 @@ class Link:
 
     @property
     def key(self) -> str:
+        """What the cache keeps it by."""
         return self.url
 
 
@@ -64,10 +65,12 @@ class HubFile:
 
     @property
     def key(self) -> str:
+        """What the cache keeps it by."""
         return f"hf:{self.repo}@{self.revision}/{self.file or ''}"
 
     @property
     def fixed(self) -> bool:
+        """Whether it always means the same file."""
         return re.fullmatch("[0-9a-f]{40}", self.revision) is not None
 
 
@@ -86,10 +89,12 @@ class CivitaiFile:
 
     @property
     def key(self) -> str:
+        """What the cache keeps it by."""
         return f"civitai:{'' if self.fixed else self.model}@{self.version}{self.wanted}"
 
     @property
     def fixed(self) -> bool:
+        """Whether it always means the same file."""
         return self.version is not None
 
 
@@ -132,6 +137,7 @@ def parse(source: str) -> Spelled:
 
 
 def is_inline(source: str) -> bool:
+    """Whether a source is the file itself, as a ``data:`` URI."""
     return source[:5].lower() == "data:"
 
 

@@ -102,6 +102,7 @@ class Writer:
     """Appends to a file of the cache; what is written is counted before."""
 
     def __init__(self, cache: "Cache", file: BinaryIO, expected: int) -> None:
+        """Write to ``file``, of which ``expected`` bytes are announced."""
         self._cache = cache
         self._file = file
         self._expected = expected
@@ -126,12 +127,14 @@ class Part:
     """An unfinished file; hold the lock of its source."""
 
     def __init__(self, cache: "Cache", path: Path) -> None:
+        """Take the place of an unfinished file."""
         self.path = path
         self._cache = cache
         self._identity = path.with_suffix(".json")
 
     @property
     def size(self) -> int:
+        """Bytes that it has."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def validator(self) -> Validator | None:
@@ -157,6 +160,7 @@ class Part:
 
     def discard(self) -> None:
         # The identity goes first: bytes without it are never continued.
+        """Remove it."""
         self._identity.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
@@ -165,6 +169,7 @@ class Cache:
     """The cache below one directory, kept within ``budget`` bytes and within what its disk has to spare."""
 
     def __init__(self, root: Path, budget: int) -> None:
+        """Keep files below ``root``, at most ``budget`` bytes of them."""
         self.root = root
         self._budget = budget
         self._in_use: BinaryIO | None = None
@@ -232,6 +237,7 @@ class Cache:
         self.write_json(self._index(key), {"sha256": sha256, **(asdict(validator) if validator else {})})
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
+        """Write a small file of what is known of a source."""
         self.count(BLOCK)
         write_whole(path, json.dumps(value).encode())
 

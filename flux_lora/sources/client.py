@@ -40,6 +40,7 @@ class Client:
     """
 
     def __init__(self, network: Network, tokens: Tokens, max_bytes: int, deadline: float) -> None:
+        """Take the way to the internet, tokens and limits."""
         self.tokens = tokens
         self.deadline = deadline
         self._max_bytes = max_bytes

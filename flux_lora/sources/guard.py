@@ -170,6 +170,7 @@ class GuardedBackend(httpcore2.NetworkBackend):
     """
 
     def __init__(self, network: Network, max_bytes: int, deadline: float) -> None:
+        """Take the way there, and its limits."""
         self._network = network
         self._max_bytes = max_bytes
         self._deadline = deadline
@@ -177,6 +178,7 @@ class GuardedBackend(httpcore2.NetworkBackend):
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any
     ) -> httpcore2.NetworkStream:
+        """Connect to one of a host's addresses, all of which must be public."""
         addresses = self._resolve(host)
         require_public(host, addresses)
         *first, last = addresses[:MAX_ADDRESSES]

@@ -34,6 +34,7 @@ class Tokens:
     withheld: bool = False
 
     def __post_init__(self) -> None:
+        """Refuse a token that cannot be sent."""
         for variable in VARIABLES.values():
             token = self._get(variable)
             if not (token.isascii() and token.isprintable()) or " " in token:
@@ -41,6 +42,7 @@ class Tokens:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
+        """Take the operator's tokens."""
         return cls(settings.hf_token, settings.civitai_token, settings.replicate_api_token)
 
     @property

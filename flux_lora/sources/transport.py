@@ -40,12 +40,14 @@ class GuardedTransport(httpx2.BaseTransport):
     """
 
     def __init__(self, network: Network, tokens: Tokens, max_bytes: int, deadline: float | None = None) -> None:
+        """Take the way to the internet, tokens and limits."""
         self._network = network
         self._tokens = tokens
         self._max_bytes = max_bytes
         self._deadline = deadline
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request, checked, with the token of its host."""
         check_url(request.url)
         host = host_of(request.url)
         url = httpcore2.URL(
@@ -107,6 +109,7 @@ class _Body(httpx2.SyncByteStream):
 
 
 def too_large(max_bytes: int) -> str:
+    """Say that a file is larger than it may be."""
     return f"it is larger than the limit of {max_bytes:,} bytes"
 
 

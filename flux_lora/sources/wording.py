@@ -2,6 +2,7 @@
 
 
 def quoted(name: str, length: int = 100) -> str:
+    """Quote a name that somebody else chose, shortened."""
     return repr(name if len(name) <= length else f"{name[:length]}…")
 
 

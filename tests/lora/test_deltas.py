@@ -52,7 +52,7 @@ UPDATES = {
 
 
 def change(update: Update, scale: float, block: int) -> Tensor:
-    """scale · ΔW, added to zeros a block of rows at a time."""
+    """Compute scale · ΔW by adding it to zeros, a block of rows at a time."""
     delta = update.delta(CPU, lambda: WEIGHT.float())
     out = torch.zeros(ROWS, COLUMNS)
     for start in range(0, ROWS, block):

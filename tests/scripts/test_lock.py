@@ -134,7 +134,7 @@ def needed(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
 
 @pytest.mark.parametrize(("dev", "files"), [(False, (SERVING, COG)), (True, (SERVING, COG, DEV))])
 def test_the_locks_hold_what_is_needed_here_and_nothing_else(dev: bool, files: tuple[str, ...]) -> None:
-    """pip installs them with --no-deps: what is missing would be missing from the environment."""
+    """Since pip installs them with --no-deps, what is missing would be missing from the environment."""
     here = dict(default_environment())
     locked = {name: entry for file in files for name, entry in LOCKED[file].items()}
     closure = needed(wanted(dev=dev))

@@ -44,8 +44,10 @@ def require() -> None:
 
 
 def clear(prediction: str) -> None:
-    """Remove what Cog left of a prediction that has ended. One whose id is a path, with which Cog made folders
-    anywhere, is not touched."""
+    """Remove what Cog left of a prediction that has ended.
+
+    One whose id is a path, with which Cog made folders anywhere, is not touched.
+    """
     if is_id(prediction):
         shutil.rmtree(PREDICTIONS / prediction, ignore_errors=True)
 

@@ -55,6 +55,7 @@ class Scaling:
         return alpha
 
     def factor(self, alpha: float, rank: int) -> float:
+        """What up @ down is multiplied by, of an alpha and a rank."""
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 

@@ -92,6 +92,7 @@ class Names:
     """Reads keys for modules of the given shapes."""
 
     def __init__(self, shapes: Shapes) -> None:
+        """Take the shapes of the served parameters, by component."""
         self._layers: Mapping[str, Mapping[str, Layer]] = {
             component: {layer.name.replace(".", "_"): layer for layer in layers(component, parameters)}
             for component, parameters in shapes.items()

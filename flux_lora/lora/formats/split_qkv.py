@@ -30,6 +30,7 @@ class Fused:
 
     @property
     def parts(self) -> int:
+        """How many projections it covers."""
         return len(self.layer.weight)
 
 

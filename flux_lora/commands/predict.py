@@ -125,14 +125,14 @@ def _input_help() -> Iterator[str]:
 def _inputs(options: argparse.Namespace) -> dict[str, Any]:
     if options.json is not None:
         return _json_inputs(options.json)
-    return dict(flag(flag) for flag in options.input)
+    return dict(flag(text) for text in options.input)
 
 
-def flag(flag: str) -> tuple[str, Any]:
+def flag(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE as the input's documented type; what cannot be read is left for the request model to refuse."""
-    name, equals, value = flag.partition("=")
+    name, equals, value = text.partition("=")
     if not equals:
-        raise RequestError(f"-i {flag} is not of the form name=value.")
+        raise RequestError(f"-i {text} is not of the form name=value.")
     if len(value) > 1 and value[0] == value[-1] == '"':
         value = value[1:-1]
     kind = documented_inputs().get(name, {}).get("type")

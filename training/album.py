@@ -134,12 +134,13 @@ def collect(autoencoder: PatchAutoencoder, workers: int = 2) -> dict[str, dict[s
     codes: dict[str, dict[str, list[Code]]] = {}
     with ProcessPoolExecutor(workers) as pool:
         for style in (BASE, STYLE):
-            work = partial(_encode, weight, style)
+            work = partial(encode, weight, style)
             codes[style] = dict(zip(THINGS, tqdm(pool.map(work, THINGS), style, total=len(THINGS)), strict=True))
     return codes
 
 
-def _encode(weight: Tensor, style: str, thing: str) -> list[Code]:
+def encode(weight: Tensor, style: str, thing: str) -> list[Code]:
+    """Render one thing in each of its poses in a style, and encode it; on one thread."""
     torch.set_num_threads(1)
     codes = []
     for pose in poses(thing):

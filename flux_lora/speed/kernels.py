@@ -64,7 +64,7 @@ def _join_shapes(attention: Tensor | None, mlp: Tensor | None, quantized: bool) 
     example = _one_of(attention, mlp)
     batch, tokens = example.shape[:2]
     width = attention.shape[2] * attention.shape[3] if attention is not None else 0
-    return _rows(example, batch, tokens, width + (mlp.shape[2] if mlp is not None else 0), quantized)
+    return empty_rows(example, batch, tokens, width + (mlp.shape[2] if mlp is not None else 0), quantized)
 
 
 @_operator(_join_shapes)
@@ -89,8 +89,8 @@ def join(attention: Tensor | None, mlp: Tensor | None, quantized: bool) -> list[
     strides = attention.stride() if attention is not None else (0, 0, 0, 1)
     if strides[3] != 1:
         raise ValueError("attention's last dimension must be contiguous")
-    out = _rows(example, batch, tokens, width + features, quantized)
-    _launch(
+    out = empty_rows(example, batch, tokens, width + features, quantized)
+    launch(
         "join",
         (batch * tokens,),
         example,
@@ -128,7 +128,7 @@ def _modulate_shapes(
     text, image = tokens
     batch, texts, width = text.shape
     sums = [text.new_empty(batch, texts + image.shape[1], width)] if out else []
-    return sums + _rows(text, batch, texts + image.shape[1], width, quantized)
+    return sums + empty_rows(text, batch, texts + image.shape[1], width, quantized)
 
 
 @_operator(_modulate_shapes)
@@ -165,8 +165,8 @@ def modulate(
     if batch > 1 and len({vector.stride(0) for vector in vectors}) > 1:
         vectors = [vector.contiguous() for vector in vectors]
     sums = [text.new_empty(batch, texts + images, width)] if out else []
-    rows = _rows(text, batch, texts + images, width, quantized)
-    _launch(
+    rows = empty_rows(text, batch, texts + images, width, quantized)
+    launch(
         "modulate",
         (batch * (texts + images),),
         text,
@@ -259,7 +259,7 @@ def rotate(
     joint = query.new_empty(batch, texts + images, len(image), heads, width)
     of_program = min(heads & -heads, 8)
     value = len(image) == 3
-    _launch(
+    launch(
         "rotate",
         (batch * (texts + images), heads // of_program),
         query,
@@ -353,7 +353,8 @@ def _interpreted() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
-def _launch(name: str, grid: tuple[int, ...], example: Tensor, *arguments: object, **constants: object) -> None:
+def launch(name: str, grid: tuple[int, ...], example: Tensor, *arguments: object, **constants: object) -> None:
+    """Run a program by its name, a row of ``example``'s device each; an empty grid runs nothing."""
     if 0 in grid:
         return
     program = getattr(_programs(), name)[grid]
@@ -371,7 +372,8 @@ def _one_of(first: Tensor | None, second: Tensor | None) -> Tensor:
     return found
 
 
-def _rows(example: Tensor, batch: int, tokens: int, width: int, quantized: bool) -> list[Tensor]:
+def empty_rows(example: Tensor, batch: int, tokens: int, width: int, quantized: bool) -> list[Tensor]:
+    """Make room for rows (batch, tokens, width): in the type of ``example``, or in eight bits, with a scale each."""
     if not quantized:
         return [example.new_empty(batch, tokens, width)]
     return [

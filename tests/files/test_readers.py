@@ -141,10 +141,20 @@ def test_piexif_reads_the_comment_as_web_uis_do(tmp_path: Path, output_format: s
     assert tags["0th"][piexif.ImageIFD.Software] == b"flux-lora 0.1.0"
 
 
+OPENED: list[Image.Image] = []
+"""Images that stay: sd-parsers remembers the last one by its ``id()``, which another may get once it is gone."""
+
+
+def parsed(path: Path) -> Any:
+    """What sd-parsers reads of a file."""
+    OPENED.append(Image.open(path))
+    return sd_parsers.ParserManager().parse(OPENED[-1])
+
+
 @pytest.mark.parametrize("prompt", ["empty", "plain", "emoji", "not XML"])
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_sd_parsers_reads_all_of_it(tmp_path: Path, output_format: str, prompt: str) -> None:
-    found = sd_parsers.ParserManager().parse(written(tmp_path, output_format, PROMPTS[prompt], loras=LORAS))
+    found = parsed(written(tmp_path, output_format, PROMPTS[prompt], loras=LORAS))
     (sampler,) = found.samplers
     assert found.generator == sd_parsers.data.Generators.AUTOMATIC1111
     assert [each.value for each in sampler.prompts] == ([PROMPTS[prompt].strip()] if PROMPTS[prompt] else [])
@@ -166,7 +176,7 @@ HOSTILE = "a tomato\nNegative prompt: blue\nSteps: 1, Sampler: none, CFG scale: 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_a_prompt_that_looks_like_parameters_is_still_a_prompt(tmp_path: Path, output_format: str) -> None:
     path = written(tmp_path, output_format, HOSTILE)
-    (sampler,) = sd_parsers.ParserManager().parse(path).samplers
+    (sampler,) = parsed(path).samplers
     assert (sampler.parameters["seed"], sampler.parameters["steps"]) == (str(PARAMETERS.seed), "28")
     assert sampler.prompts[0].value.endswith("More")
     assert provenance.read(path).prompt == HOSTILE

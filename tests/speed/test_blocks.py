@@ -154,9 +154,9 @@ def test_what_the_kernels_do_not_compute_goes_to_diffusers(model: Any) -> None:
 
 def test_the_kernels_are_used(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    launch = kernels._launch
+    launch = kernels.launch
     monkeypatch.setattr(
-        kernels, "_launch", lambda name, *rest, **more: (launched.append(name), launch(name, *rest, **more))
+        kernels, "launch", lambda name, *rest, **more: (launched.append(name), launch(name, *rest, **more))
     )
     run(placed(model, torch.float32), torch.float32)
     double = ["modulate", "rotate", "modulate"]

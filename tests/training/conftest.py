@@ -16,5 +16,5 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> album.Album:
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
     weight = autoencoder.analysis.weight.detach()
-    codes = {style: {"cat": album._encode(weight, style, "cat")} for style in (BASE, STYLE)}
+    codes = {style: {"cat": album.encode(weight, style, "cat")} for style in (BASE, STYLE)}
     return album.Album(codes, autoencoder)

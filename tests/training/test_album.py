@@ -15,7 +15,7 @@ def test_a_picture_made_of_codes_has_the_latents_of_the_rendered_picture(
 ) -> None:
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
-    codes = {BASE: {"cat": album._encode(autoencoder.analysis.weight.detach(), BASE, "cat")}}
+    codes = {BASE: {"cat": album.encode(autoencoder.analysis.weight.detach(), BASE, "cat")}}
     latents = album.Album(codes, autoencoder).picture(BASE, "cat", "teal", *size, place)
     background = torch.tensor(BACKGROUNDS["teal"]) / 127.5 - 1
     rows, columns = size
@@ -36,7 +36,7 @@ def test_a_picture_made_of_codes_has_the_latents_of_the_rendered_picture(
 def test_the_two_places_are_a_token_apart_in_height_and_two_in_width() -> None:
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
-    codes = {BASE: {"cat": album._encode(autoencoder.analysis.weight.detach(), BASE, "cat")}}
+    codes = {BASE: {"cat": album.encode(autoencoder.analysis.weight.detach(), BASE, "cat")}}
     lower, righter = (album.Album(codes, autoencoder).picture(BASE, "cat", "teal", 32, 32, p) for p in album.PLACES)
     assert torch.equal(lower.roll((-album.GRID, 2 * album.GRID), (1, 2)), righter)
     assert not torch.equal(lower, righter)

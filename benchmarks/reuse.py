@@ -10,11 +10,12 @@ seeds; PSNR in dB against pictures whose every step is computed.
 
 import argparse
 import importlib.util
+import io
 import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def main() -> int:
         pictures, computed = [], []
         for prompt in PROMPTS:
             for seed in range(options.seeds):
-                with way(pipeline, options.steps), _computed(pipeline.transformer) as count:
+                quiet = redirect_stdout(io.StringIO())
+                with quiet, way(pipeline, options.steps), _computed(pipeline.transformer) as count:
                     latents = denoise(
                         pipeline, embeddings[prompt], seed, SIZE, steps=options.steps, guidance=3.5, title=prompt
                     )

@@ -203,7 +203,7 @@ class Generator:
         for note in request.notes:
             ledger.log(note)
         if (known := self.parts.known_words) and (strange := unknown_words(request.prompt, known)):
-            ledger.log(f"this model knows {len(known)} words, and not: {strange}")
+            ledger.log(f"this model knows {len(known)} words, in small letters, and not: {strange}")
         if request.model == "dev" and not self._has_guidance("dev"):
             ledger.log("guidance_scale is ignored: the dev model of this server has no guidance input")
         tokens = image_tokens(self.parts.pipelines[request.model], request.size)

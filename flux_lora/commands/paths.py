@@ -20,9 +20,11 @@ def of_request(source: str, weights: Path) -> str:
     Raises:
         RequestError: it is a path that leads elsewhere, or a folder that does not hold exactly one LoRA.
     """
-    if "://" in source or is_inline(source) or os.path.isfile(os.path.join(weights, source)):  # noqa: PTH113, PTH118
+    if "://" in source or is_inline(source):
         return source
     below = os.path.join(weights, source)  # noqa: PTH118
+    if os.path.isfile(below) and ".." not in Path(source).parts:  # noqa: PTH113
+        return source
     named = below if os.path.exists(below) else of_operator(source)  # noqa: PTH110
     if not os.path.exists(named):  # noqa: PTH110
         return source

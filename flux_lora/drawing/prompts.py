@@ -89,10 +89,10 @@ def unknown_words(prompt: str, known: Container[str]) -> str:
 
     Args:
         prompt: only its first ``LONG`` characters are looked at.
-        known: all words that are known, in small letters.
+        known: all words that are known, in small letters; they are known with a capital, too.
     """
     words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", prompt[:LONG]))
-    strange = [word for word in words if word.lower() not in known]
+    strange = [word for word in words if word[:1].lower() + word[1:] not in known]
     return ", ".join(strange[:SHOWN_WORDS]) + ", …" * (len(strange) > SHOWN_WORDS)
 
 

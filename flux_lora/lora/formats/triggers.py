@@ -67,10 +67,10 @@ def _words(text: str) -> list[str]:
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
-    """Triggers as JSON, or separated by commas, semicolons or lines."""
+    """Triggers as JSON, or separated by commas or semicolons."""
     value = _json(text)
     if not isinstance(value, list):
-        value = re.split(r"[,;\n]", text or "")
+        value = re.split("[,;]", text or "")
     return _tidy(value)
 
 

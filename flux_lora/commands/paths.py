@@ -8,10 +8,13 @@ from flux_lora.sources.address import is_inline, is_path
 from flux_lora.sources.local import only_lora
 
 
-def of_operator(source: str) -> str:
-    """The operator's own source: a path from where one stands, or with ``~``, is made absolute."""
-    path = os.path.expanduser(source)  # noqa: PTH111 - these take a text of any length, as a data: URI is
-    return os.path.abspath(path) if os.path.exists(path) else source  # noqa: PTH100, PTH110
+def of_operator(source: str, weights: Path | None = None) -> str:
+    """The operator's own source: a path from where one stands, with ``~``, or from the weights directory, is absolute."""
+    for start in ("", *([weights] if weights else [])):
+        path = os.path.join(start, os.path.expanduser(source))  # noqa: PTH111, PTH118 - a data: URI is no Path
+        if os.path.exists(path):  # noqa: PTH110
+            return os.path.abspath(path)  # noqa: PTH100
+    return source
 
 
 def of_request(source: str, weights: Path) -> str:

@@ -66,12 +66,14 @@ def _predict(options: argparse.Namespace) -> int:
         settings = settings.model_copy(update={"request_tokens": True})
     rules.check(request, settings)
     sources = Sources.from_settings(settings)
+    if options.lora:
+        settings = settings.model_copy(
+            update={"cog_weights": _operators_lora(options.lora[0], request, sources, settings)}
+        )
     if request.replicate_weights:
         named = paths.of_request(request.replicate_weights, settings.weights)
         sources.check(named, root=settings.weights)
         request = request.model_copy(update={"replicate_weights": named})
-    if options.lora:
-        settings = settings.model_copy(update={"cog_weights": _operators_lora(options.lora[0], request, sources)})
     fine_tune = settings.cog_weights
     if source and not options.lora and not request.replicate_weights:
         fine_tune = None
@@ -98,13 +100,13 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
-def _operators_lora(named: str, request: Request, sources: Sources) -> str:
+def _operators_lora(named: str, request: Request, sources: Sources, settings: Settings) -> str:
     """What ``--lora`` names, checked as far as that is quick."""
     if not named.strip():
         raise RequestError("--lora is empty: name a file, a folder, an address or an id, or leave it out.")
     if request.replicate_weights:
         raise RequestError("Give a LoRA with --lora or as the input replicate_weights, not both.")
-    lora = paths.of_operator(named)
+    lora = paths.of_operator(named, settings.weights)
     sources.check(lora, root=None)
     return lora
 

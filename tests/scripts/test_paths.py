@@ -49,6 +49,14 @@ def test_the_operators_lora_has_any_local_path(home: Path, source: str) -> None:
         assert fetch(named) == home / ODD / "pytorch_lora_weights.safetensors"
 
 
+def test_the_operators_lora_is_found_from_here_and_then_in_the_weights_directory(home: Path) -> None:
+    weights = home / "weights"
+    assert paths.of_operator("loras/ink.safetensors", weights) == str(weights / "loras/ink.safetensors")
+    _lora(home / "loras/ink.safetensors")
+    assert paths.of_operator("loras/ink.safetensors", weights) == str(home / "loras/ink.safetensors")
+    assert paths.of_operator("owner/name", weights) == "owner/name"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

@@ -187,12 +187,14 @@ def test_without_the_cpu_build_it_fails_and_takes_no_other(project: Path) -> Non
     ],
 )
 @linux
-def test_what_is_fetched_is_told_before(project, torch, requirements, told):
+def test_what_is_fetched_is_told_before(project: Path, torch: str, requirements: str, told: str) -> None:
     done = call(project, f"choose_torch() {{ echo {torch}; }}; requirements=({requirements}); announce")
     assert told in done.stderr
 
 
-def test_how_far_it_is_is_told_while_it_fetches(project, programs):
+def test_how_far_it_is_is_told_while_it_fetches(
+    project: Path, programs: Callable[[dict[str, str]], Path]
+) -> None:
     (project / ".venv").mkdir()
     slow_pip = 'head -c 3000000 /dev/zero >"$TMPDIR/wheel"; sleep 1.5; echo fetched'
     (project / ".venv/bin").symlink_to(programs({"python": slow_pip}))

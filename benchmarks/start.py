@@ -48,9 +48,9 @@ def _import(code: str) -> None:
 
 
 def first_step(folder: Path) -> None:
-    """Call scripts/predict in a folder, and end it once it has taken a step."""
-    command = [str(PROJECT / "scripts" / "predict"), "-i", "prompt=a tomato", "-i", "num_inference_steps=28"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Call scripts/predict for a picture in a folder, and end it once it has taken a step."""
+    command = ["scripts/predict", "-i", "prompt=a tomato", "-i", "num_inference_steps=28", "-o", str(folder)]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with process:
         log = []
         for line in process.stderr or ():

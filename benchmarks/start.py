@@ -10,10 +10,11 @@ import argparse
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import machine, table, take_turns
+from benchmarks.measure import Contender, machine, table, take_turns
 from flux_lora.commands import PROJECT
 
 THE_IMPORT, OURS = "diffusers' FLUX transformer imported", "scripts/predict, Enter to first step"
@@ -34,8 +35,8 @@ def main() -> int:
     options = parser.parse_args()
     print(machine(), flush=True)
     with TemporaryDirectory() as folder:
-        contenders = {name: lambda _, code=code: _import(code) for name, code in IMPORTS.items()}
-        contenders[OURS] = lambda _: first_step(Path(folder))
+        contenders: dict[str, Contender] = {name: partial(_import, code) for name, code in IMPORTS.items()}
+        contenders[OURS] = partial(first_step, Path(folder))
         seconds = take_turns(contenders, options.rounds, warm_up=1)
     print(table(seconds, THE_IMPORT))
     over = statistics.median(seconds[OURS]) - statistics.median(seconds[THE_IMPORT])
@@ -43,11 +44,11 @@ def main() -> int:
     return int(over > MOST_OVER)
 
 
-def _import(code: str) -> None:
+def _import(code: str, _: int = 0) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, stderr=subprocess.DEVNULL, check=True)
 
 
-def first_step(folder: Path) -> None:
+def first_step(folder: Path, _: int = 0) -> None:
     """Call scripts/predict for a picture in a folder, and end it once it has taken a step."""
     command = ["scripts/predict", "-i", "prompt=a tomato", "-i", "num_inference_steps=28", "-o", str(folder)]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

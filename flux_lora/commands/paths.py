@@ -10,7 +10,7 @@ from flux_lora.sources.local import only_lora
 
 def of_operator(source: str, weights: Path | None = None) -> str:
     """The operator's own source; a path is made absolute that leads somewhere from here, or else from ``weights``."""
-    for start in ("", *([weights] if weights else [])):
+    for start in ("",) if weights is None else ("", str(weights)):
         path = os.path.join(start, os.path.expanduser(source))  # noqa: PTH111, PTH118 - a data: URI is no Path
         if os.path.exists(path):  # noqa: PTH110
             return os.path.abspath(path)  # noqa: PTH100

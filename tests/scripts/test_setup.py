@@ -192,9 +192,7 @@ def test_what_is_fetched_is_told_before(project: Path, torch: str, requirements:
     assert told in done.stderr
 
 
-def test_how_far_it_is_is_told_while_it_fetches(
-    project: Path, programs: Callable[[dict[str, str]], Path]
-) -> None:
+def test_how_far_it_is_is_told_while_it_fetches(project: Path, programs: Callable[[dict[str, str]], Path]) -> None:
     (project / ".venv").mkdir()
     slow_pip = 'head -c 3000000 /dev/zero >"$TMPDIR/wheel"; sleep 1.5; echo fetched'
     (project / ".venv/bin").symlink_to(programs({"python": slow_pip}))

@@ -36,7 +36,7 @@ MOST_PARTS = 8
 
 FP8 = FORMATS["fp8"].dtype
 
-LIBRARY: Any = torch.library.Library("flux_lora", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("flux_lora", "DEF")
 
 
 def _operator(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -292,7 +292,9 @@ def test_the_usual_certificates_and_keys_sign(tmp_path: Path, identity: Identity
     for name, path in identity.write(tmp_path).items():
         monkeypatch.setenv(name, path)
     signer = signing.Signer.from_settings(Settings.from_environment())
-    assert signing.manifest_of(encoded("webp", signer))["validation_state"] == "Valid"
+    manifest = signing.manifest_of(encoded("webp", signer))
+    assert manifest
+    assert manifest["validation_state"] == "Valid"
 
 
 GOOD = IDENTITY

@@ -1,5 +1,7 @@
 """Merging by Triton programs, run by its interpreter or on a GPU: against float64, and against PyTorch's products."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ def exactly(pristine: Tensor, contributions: list[Contribution]) -> tuple[Tensor
     """W + Σ s·ΔW in float64, and the sum of what is added without signs: the scale of float32's roundings."""
     total, size = pristine.double(), pristine.double().abs()
     for item in contributions:
+        assert isinstance(item.update, LowRank)
         up, down = item.update.up.double().to(DEVICE), item.update.down.double().to(DEVICE)
         rows, factor = slice(item.offset, item.offset + item.stop - item.start), item.scale * item.update.factor
         total[item.start : item.stop] += factor * up[rows] @ down
@@ -134,7 +137,9 @@ def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> MergedM
     pristine = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if quantized:
         for name in ("to_q", "to_k", "out"):
-            layer = QuantizedLinear(module.get_submodule(name), "fp8")
+            linear = module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layer = QuantizedLinear(linear, "fp8")
             layer.write_rows(0, 48, pristine[f"{name}.weight"])
             module.set_submodule(name, layer)
     return MergedModule("transformer", module, {}, base=pristine.get, programs=programs)
@@ -185,7 +190,12 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
 def test_the_programs_are_compiled_ahead_for_what_merging_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     launch = fused.launch
-    monkeypatch.setattr(fused, "launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+
+    def note(name: str, *rest: Any) -> None:
+        launched.append(name)
+        launch(name, *rest)
+
+    monkeypatch.setattr(fused, "launch", note)
     fused.warm_up(DEVICE, torch.bfloat16, None)
     fused.warm_up(DEVICE, torch.bfloat16, "fp8")
     assert launched == ["merge", "merge", "merge_eight_bits"]

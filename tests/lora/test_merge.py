@@ -3,6 +3,7 @@
 import hashlib
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def load(dtype: torch.dtype) -> torch.nn.Module:
-    return loaded.load(dtype).pipeline().transformer
+    transformer: torch.nn.Module = loaded.load(dtype).pipeline().transformer
+    return transformer
 
 
 def merged(module: torch.nn.Module) -> MergedModule:
@@ -139,7 +141,7 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     countdown = [-1]
     original = deltas.LowRank.delta
 
-    def delta(self: deltas.LowRank, *arguments: object) -> deltas.Delta:
+    def delta(self: deltas.LowRank, *arguments: Any) -> deltas.Delta:
         if countdown[0] == 0:
             raise Interrupted
         countdown[0] -= 1
@@ -284,7 +286,8 @@ def by_hand(kind: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -
             return (tensors["lora_B.weight"] @ tensors["lora_A.weight"])[: len(weight)]
         case "DoRA":
             moved = weight + tensors["lora_B.weight"] @ tensors["lora_A.weight"]
-            return tensors["dora_scale"] * moved / moved.norm(dim=1, keepdim=True) - weight
+            turned: torch.Tensor = tensors["dora_scale"] * moved / moved.norm(dim=1, keepdim=True)
+            return turned - weight
         case "LoKr":
             return torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
         case "OFT":
@@ -293,8 +296,9 @@ def by_hand(kind: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -
             skew[:, rows, columns] = tensors["oft_R.weight"]
             skew = skew - skew.transpose(1, 2)
             power = torch.linalg.matrix_power
-            turned = torch.eye(8) + 2 * skew + 2 * power(skew, 2) + 2 * power(skew, 3) + power(skew, 4)
-            return weight @ torch.block_diag(*turned).T - weight
+            rotations = torch.eye(8) + 2 * skew + 2 * power(skew, 2) + 2 * power(skew, 3) + power(skew, 4)
+            turned = weight @ torch.block_diag(*rotations).T
+            return turned - weight
     return tensors["modules_to_save.weight"] - weight
 
 

@@ -66,7 +66,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that live at once, beside a module's own."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
         self.now = self.peak = 0
         self._known = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
 

@@ -433,7 +433,12 @@ def test_a_cache_of_many_files_is_not_looked_through_for_each_fetch(
     fetch(sources)
     looked: list[object] = []
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or scandir(path))
+
+    def look(path: Path) -> object:
+        looked.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
     fetch(sources, f"{URL}?2")
     sources.fetch(f"data:,{quote(save({'a': np.arange(9)}))}", root=None)
     assert looked == []
@@ -585,11 +590,11 @@ def test_two_processes_fetch_a_file_once(internet: Internet, lora: bytes, tmp_pa
     assert served == [1]
 
 
-def interrupt_after(steps: int) -> Callable[..., object]:
+def interrupt_after(steps: int) -> Callable[[FrameType, str, object], Any]:
     """A trace function that cancels at the n-th line run in the package, as Cog may: in a ``finally`` too."""
     left = [steps]
 
-    def trace(frame: FrameType, event: str, _argument: object) -> object:
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
         if "/flux_lora/sources/" not in frame.f_code.co_filename:
             return None
         if event == "line":

@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,8 +37,9 @@ def test_addresses_in_public_use(address: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize("token", ["two words", "line\r\nX-Header: 1", "naïve"])
 def test_token_that_cannot_be_sent(name: str, token: str) -> None:
+    given: dict[str, Any] = {name: SecretStr(token)}
     with pytest.raises(SettingsError, match=f"^{name.upper()} holds characters that no token has") as refused:
-        Tokens(**{name: SecretStr(token)})
+        Tokens(**given)
     assert token not in str(refused.value)
 
 

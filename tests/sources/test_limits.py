@@ -131,7 +131,12 @@ def test_waiting_for_a_server_is_cancelled_within_a_second_or_two(sources: Sourc
             ended.append(time.monotonic())
 
     begun = threading.Event()
-    internet.serve(URL, lambda exchange: (begun.set(), silent(exchange)))
+
+    def answer(exchange: Exchange) -> None:
+        begun.set()
+        silent(exchange)
+
+    internet.serve(URL, answer)
     fetching = threading.Thread(target=fetch)
     fetching.start()
     begun.wait(10)

@@ -17,8 +17,10 @@ SHAPE = Shape(tokens=64, heads=2, width=32, dtype="float32")
 
 def test_kernels_are_timed_where_they_run() -> None:
     timed = {name: time_kernel(name, SHAPE, CPU, rounds=2) for name in ("native", "_native_math", "flash", "_flash_3")}
-    assert timed["native"] > 0
-    assert timed["_native_math"] > 0
+    for name in ("native", "_native_math"):
+        seconds = timed[name]
+        assert seconds is not None
+        assert seconds > 0
     assert timed["flash"] is timed["_flash_3"] is None  # not installed here
 
 

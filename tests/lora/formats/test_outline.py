@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +69,12 @@ def test_wrong_shapes_are_refused_before_a_tensor_is_read(
     tensors, reason = WRONG[case]
     path = sparse(tmp_path / "x.safetensors", **tensors)
     opened: list[Path] = []
-    monkeypatch.setattr(contents, "safe_open", lambda *args, **more: opened.append(path) or safe_open(*args, **more))
+
+    def look(*args: Any, **more: Any) -> Any:
+        opened.append(path)
+        return safe_open(*args, **more)
+
+    monkeypatch.setattr(contents, "safe_open", look)
     with pytest.raises(FormatError, match=reason):
         read(path, SHAPES)
     assert opened == []
@@ -109,7 +116,7 @@ def test_judging_takes_no_second_copy() -> None:
     assert peak < 2**25
 
 
-def largest_allocation(work: object) -> int:
+def largest_allocation(work: Callable[[], object]) -> int:
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
-    return max(abs(event.self_cpu_memory_usage // max(event.count, 1)) for event in profile.key_averages())
+    return max(int(abs(event.self_cpu_memory_usage // max(event.count, 1))) for event in profile.key_averages())

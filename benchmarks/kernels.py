@@ -138,7 +138,7 @@ def time_kernels(sizes: Sizes, rate: float) -> dict[str, Any]:
     """Each kernel: checked against its reference, then timed with several numbers of warps."""
     found = {}
     for name, kernel, reference, arguments, moved in cases(sizes):
-        operator = kernel._schema.name.split("::")[1]  # type: ignore[attr-defined]
+        operator = kernel.name().split("::")[1]  # type: ignore[attr-defined]
         row: dict[str, Any] = {
             "check": check(kernel(*arguments), reference(*arguments)),
             "floor_us": moved / rate * 1e6,

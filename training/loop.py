@@ -88,7 +88,7 @@ def _optimisers(trainable: Weights, rate: float) -> list[torch.optim.Optimizer]:
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
     if matrices:
         if not has_bfloat16():
-            muon._zeropower_via_newtonschulz = _orthogonal
+            muon._zeropower_via_newtonschulz = _orthogonal  # noqa: SLF001 - Muon takes no function for it
         chosen = [trainable[key] for key in trainable if key in matrices]
         optimisers.append(torch.optim.Muon(chosen, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimisers

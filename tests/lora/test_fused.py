@@ -10,7 +10,7 @@ from flux_lora.lora import fused
 from flux_lora.lora.deltas import Full, LowRank, Rows, Update
 from flux_lora.lora.formats import Adapter
 from flux_lora.lora.merge import Contribution, MergedModule
-from flux_lora.speed.quantization import QuantizedLinear
+from flux_lora.speed.quantization import QuantizedLinear, quantized_layers
 from tests.speed.test_quantization import half_steps
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
@@ -131,7 +131,7 @@ def low_rank(*parameters: str, rank: int) -> LowRank:
     return LowRank(rows, torch.randn(48 * len(rows), rank), 0.1 * torch.randn(rank, 48), 0.5)
 
 
-def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> MergedModule:
+def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> tuple[nn.Module, MergedModule]:
     torch.manual_seed(0)
     module = Attention().to(DEVICE, dtype)
     pristine = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -142,17 +142,14 @@ def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> MergedM
             layer = QuantizedLinear(linear, "fp8")
             layer.write_rows(0, 48, pristine[f"{name}.weight"])
             module.set_submodule(name, layer)
-    return MergedModule("transformer", module, {}, base=pristine.get, programs=programs)
+    return module, MergedModule("transformer", module, {}, base=pristine.get, programs=programs)
 
 
-def written(merged: MergedModule) -> dict[str, Tensor]:
+def written(module: nn.Module) -> dict[str, Tensor]:
     """What the weights hold, and the scales of those that are quantized."""
-    found: dict[str, Tensor] = {}
-    for name, weight in merged._parameters.items():
-        if isinstance(weight, QuantizedLinear):
-            found |= {name: weight.values.float(), f"{name} scales": weight.scales.clone()}
-        else:
-            found[name] = weight.detach().float()
+    found = {name: weight.detach().float() for name, weight in module.named_parameters()}
+    for name, layer in quantized_layers(module).items():
+        found |= {name: layer.values.float(), f"{name} scales": layer.scales.clone()}
     return found
 
 
@@ -166,12 +163,12 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
         adapter("b", low_rank("to_k", rank=16), low_rank("out", rank=16)),
         adapter("c", *(Full((Rows(name, 0, 48),), torch.randn(size)) for name, size in wholes.items())),
     ]
-    ours, theirs, other = (
+    (ours, by_programs), (theirs, by_products), (other, backward) = (
         attention(torch.bfloat16, quantized=quantized, programs=programs) for programs in (True, False, True)
     )
     states = [[(adapters[0], 0.7)], [(adapters[0], 1.0), (adapters[1], -0.5)], [(each, 0.3) for each in adapters], []]
     for state in states:
-        for merged in (ours, theirs):
+        for merged in (by_programs, by_products):
             merged.bring(state)
         expected = written(theirs)
         for name, weight in written(ours).items():
@@ -181,8 +178,8 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
                 assert (weight != expected[name]).float().mean() <= 0.002, name
                 assert ((weight - expected[name]).abs() <= expected[name].abs() / 8).all(), name  # a step of E4M3
     for state in (*states[2::-1], states[1]):
-        other.bring(state[::-1])
-    ours.bring(states[1])
+        backward.bring(state[::-1])
+    by_programs.bring(states[1])
     for name, weight in written(other).items():
         assert torch.equal(weight, written(ours)[name]), name
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_lora.device import devices
 from flux_lora.errors import FormatError
-from flux_lora.lora import deltas, merge
+from flux_lora.lora import deltas
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
 from tests import loaded
@@ -118,13 +119,6 @@ def test_the_order_of_arrival_does_not_matter(adapters: list[Adapter]) -> None:
     assert same_bits(forward, bits(backward))
 
 
-def test_the_current_state_costs_nothing(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
-    state = merged(load(torch.float32))
-    assert state.bring([(adapters[0], 1.0)])
-    monkeypatch.setattr(state, "_contributions", None)  # any work would fail
-    assert not state.bring([(adapters[0], 1.0)])
-
-
 def test_scale_zero_and_foreign_components_are_the_base_state(adapters: list[Adapter]) -> None:
     state = merged(load(torch.float32))
     assert not state.bring([(adapters[0], 0.0)])
@@ -151,6 +145,13 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return countdown
 
 
+def test_the_current_state_costs_nothing(adapters: list[Adapter], interruptible: list[int]) -> None:
+    state = merged(load(torch.float32))
+    assert state.bring([(adapters[0], 1.0)])
+    interruptible[0] = 0  # any work would fail
+    assert not state.bring([(adapters[0], 1.0)])
+
+
 def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interruptible: list[int]) -> None:
     first, second = [(adapters[0], 1.0)], [(adapters[1], 0.5), (adapters[2], 1.0)]
     fresh = load(torch.bfloat16)
@@ -170,17 +171,31 @@ def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interrupt
         assert same_bits(module, expected), f"interrupted at layer {layer} of {layers}"
 
 
-def test_interrupted_while_restoring(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_restoring(adapters: list[Adapter]) -> None:
+    """At any read of pristine weights; the last one is after all that had to be restored is."""
     module = load(torch.float32)
-    pristine = bits(module)
-    state = merged(module)
-    state.bring([(adapters[0], 1.0)])
-    monkeypatch.setattr(merge, "_groups", lambda _: (_ for _ in ()).throw(Interrupted))
-    with pytest.raises(Interrupted):
+    pristine, left = bits(module), [-1]
+
+    def base(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            if left[0] == 0:
+                raise Interrupted
+            left[0] -= 1
+            return pristine[name]
+
+        return read
+
+    state = MergedModule("transformer", module, {}, base=base)
+    restored = len(adapters[0].updates["transformer"]) - len(adapters[2].updates["transformer"])
+    for wanted, reads in (([], 0), ([], 1), ([], 10), ([(adapters[2], 1.0)], restored)):
+        state.bring([(adapters[0], 1.0)])
+        left[0] = reads
+        with pytest.raises(Interrupted):
+            state.bring(wanted)
+        left[0] = -1
+        assert state.state is None
         state.bring([])
-    monkeypatch.undo()
-    state.bring([])
-    assert same_bits(module, pristine)
+        assert same_bits(module, pristine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -441,11 +442,12 @@ def test_a_request_interrupted_while_weights_arrive_leaves_the_next_one_right(
     generator = build(Room(PLENTY, 0), memory_plan="alternating")
     before = pixels(draw(generator, model="dev"))
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    class Interrupted(FileIO):
+        def readinto(self, _: Any) -> int:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(reading, "_read", interrupted)
+        patches.setattr(reading, "FileIO", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             draw(generator, model="schnell")
     assert pixels(draw(generator, model="dev")) == before

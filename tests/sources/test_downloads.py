@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from flux_lora.errors import SourceError
 from flux_lora.sources import Sources
+from flux_lora.sources.cache import Cache
 from tests.sources.internet import (
     PUBLIC_ADDRESS,
     Exchange,
@@ -448,10 +449,10 @@ def test_names_do_not_pile_up_and_neighbours_do_not_wait(
     make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
 ) -> None:
     """Three hundred sources cannot share 256 locks."""
-    sources, other = make_sources(), make_sources(total=1)
+    cache, other = Cache(tmp_path / "cache", 10**9), make_sources(total=1)
     with ExitStack() as held:
         for number in range(300):
-            held.enter_context(sources._cache.lock(f"anyone {URL}?{number}", 0))
+            held.enter_context(cache.lock(f"anyone {URL}?{number}", 0))
         internet.serve(URL, file(lora, '"1"'))
         assert fetch(other, f"{URL}?300") == lora
     assert [path.name for path in (tmp_path / "cache" / "locks").iterdir()] == ["files.lock"]

@@ -51,4 +51,4 @@ def test_tokens_from_settings_are_trimmed_and_hidden(monkeypatch: pytest.MonkeyP
     tokens = Tokens.from_settings(settings)
     assert tokens.for_host("huggingface.co") == TOKENS["hf_token"]
     assert tokens.for_host("www.huggingface.co") == tokens.for_host("example.com") == ""
-    assert not any(token in f"{tokens!r}{Sources.from_settings(settings)._tokens}" for token in TOKENS.values())
+    assert not any(token in f"{tokens!r}{vars(Sources.from_settings(settings))}" for token in TOKENS.values())

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from flux_lora.errors import SettingsError, SourceError
 from flux_lora.sources import Sources, archive
 from flux_lora.sources.cache import Identity
-from flux_lora.sources.client import _validator
+from flux_lora.sources.client import validator_of
 from flux_lora.sources.inline import PIECE, decode
 from tests.sources.internet import Exchange, Internet, Route, file
 from tests.sources.test_hostile_sources import GOOD, extended_header, member, safetensors, tar
@@ -329,7 +329,7 @@ date_texts = st.tuples(*map(st.sampled_from, WORDS)).map(" ".join)
 def test_no_header_that_describes_a_file_is_a_fault(date: str, modified: str, etag: str) -> None:
     headers = {"date": date, "last-modified": modified, "etag": etag}
     sent = httpx2.Headers([(name.encode(), value.encode("latin-1")) for name, value in headers.items()])
-    validator = _validator(Identity("", ""), sent)
+    validator = validator_of(Identity("", ""), sent)
     assert validator.etag.isascii()
     assert validator.modified.isascii()
 

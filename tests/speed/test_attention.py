@@ -12,6 +12,7 @@ from flux_lora.speed.attention import Shape, set_fastest, time_kernel
 from tests.conftest import MINI
 
 CPU = torch.device("cpu")
+BACKENDS = Registry._backends  # noqa: SLF001 - diffusers lets nobody exchange one
 SHAPE = Shape(tokens=64, heads=2, width=32, dtype="float32")
 
 
@@ -25,13 +26,13 @@ def test_kernels_are_timed_where_they_run() -> None:
 
 
 def test_a_kernel_that_computes_something_else_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(Registry._backends, "_native_math", lambda **inputs: inputs["value"])
+    monkeypatch.setitem(BACKENDS, "_native_math", lambda **inputs: inputs["value"])
     assert time_kernel("_native_math", SHAPE, CPU, rounds=1) is None
 
 
 def test_a_kernel_that_cannot_be_compiled_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Registry._backends["_native_math"]
-    monkeypatch.setitem(Registry._backends, "_native_math", torch.compiler.disable(plain))
+    plain = BACKENDS["_native_math"]
+    monkeypatch.setitem(BACKENDS, "_native_math", torch.compiler.disable(plain))
     assert time_kernel("_native_math", SHAPE, CPU, rounds=1) is None
 
 
@@ -44,6 +45,7 @@ def test_transformers_use_it_and_other_models_do_not(tmp_path: Path, monkeypatch
     monkeypatch.setitem(attention.EXACT, "cpu", ("_native_math",))
     transformer = FluxTransformer2DModel.from_pretrained(MINI / "dev/transformer")
     assert set_fastest([transformer], 64, torch.device("cpu"), exact=True, folder=tmp_path) == ("_native_math", False)
-    used = {processor._attention_backend.value for processor in transformer.attn_processors.values()}
+    processors = transformer.attn_processors.values()
+    used = {processor._attention_backend.value for processor in processors}  # noqa: SLF001 - diffusers shows it nowhere
     assert used == {"_native_math"}
     assert Registry.get_active_backend()[0].value == "native"

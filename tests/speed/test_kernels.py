@@ -184,6 +184,6 @@ def test_operators_keep_pytorchs_rules() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_without_triton_the_reference_computes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     mlp = noise(1, 3, 24, dtype=dtype)
     assert torch.equal(kernels.join(None, mlp, False)[0], kernels.gelu(mlp.float()).to(dtype))

@@ -43,7 +43,8 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
 def test_without_bfloat16_muon_makes_matrices_orthogonal_in_their_own_type(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", _muon._zeropower_via_newtonschulz)
+    own = _muon._zeropower_via_newtonschulz  # noqa: SLF001 - what training replaces, so that it comes back
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", own)
     monkeypatch.setattr(loop, "has_bfloat16", lambda: False)
     torch.manual_seed(0)
     layer = nn.Linear(*shape)

@@ -1,5 +1,6 @@
 """Merging in place, judged by hand in float64 and by bit comparison with modules that never saw another state."""
 
+import copy
 import hashlib
 import random
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from flux_lora.lora import deltas
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
 from tests import loaded
-from tests.conftest import MINI
+from tests.memory.helpers import tiny
 from training.random_weights import random_lora
 
 CPU = torch.device("cpu")
@@ -24,7 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def load(dtype: torch.dtype) -> torch.nn.Module:
-    transformer: torch.nn.Module = loaded.load(dtype).pipeline().transformer
+    """A small transformer as it is served."""
+    transformer: torch.nn.Module = loaded.load(dtype, tiny()).pipeline().transformer
     return transformer
 
 
@@ -158,9 +160,9 @@ def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interrupt
     merged(fresh).bring(first)
     expected = bits(fresh)
     layers = sum(len(adapter.updates["transformer"]) for adapter, _ in second)
+    module = load(torch.bfloat16)
+    state = merged(module)
     for layer in range(layers):
-        module = load(torch.bfloat16)
-        state = merged(module)
         state.bring(first)
         interruptible[0] = layer
         with pytest.raises(Interrupted):
@@ -202,7 +204,7 @@ def test_interrupted_while_restoring(adapters: list[Adapter]) -> None:
 def test_without_memory_pristine_weights_are_read_from_their_files(
     adapters: list[Adapter], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placed = loaded.load(dtype)
+    placed = loaded.load(dtype, tiny())
     module, kept = placed.pipeline().transformer, load(dtype)
     pristine = bits(module)
     state, reference = placed.merged(), merged(kept)
@@ -226,7 +228,7 @@ def test_every_parameter_can_be_read_again(component: str) -> None:
 
 def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:
     """In the files' own type the weights are mapped, not read: changing them in place must not reach the disk."""
-    file = MINI / "dev/transformer/diffusion_pytorch_model.safetensors"
+    file = tiny() / "dev/transformer/diffusion_pytorch_model.safetensors"
     before = hashlib.sha256(file.read_bytes()).digest()
     merged(load(torch.bfloat16)).bring([(adapters[0], 1.0)])
     assert hashlib.sha256(file.read_bytes()).digest() == before
@@ -349,7 +351,7 @@ def test_any_set_in_any_order_after_any_history_is_a_fresh_start(
 ) -> None:
     everything = [*(adapter for adapter, _ in kinds.values()), *adapters]
     chance = random.Random(0)
-    travelled = load(torch.bfloat16)
+    travelled, untouched = load(torch.bfloat16), load(torch.bfloat16)
     state, pristine = merged(travelled), bits(travelled)
     for _ in range(25):
         chosen = [
@@ -359,7 +361,7 @@ def test_any_set_in_any_order_after_any_history_is_a_fresh_start(
         if chosen and chance.random() < 0.3:
             chosen.append((chosen[0][0], 0.25))  # one fine-tune twice
         state.bring(chosen)
-        fresh = load(torch.bfloat16)
+        fresh = copy.deepcopy(untouched)
         chance.shuffle(chosen)
         merged(fresh).bring(chosen)
         assert same_bits(travelled, bits(fresh))

@@ -21,6 +21,7 @@ from flux_lora.drawing import safety
 from flux_lora.drawing.image import decode, denoise, image_tokens
 from flux_lora.drawing.pipeline import Pipelines
 from flux_lora.drawing.prompts import PromptEncoder
+from flux_lora.drawing.source import NoPictures
 from flux_lora.errors import DrawingError
 from flux_lora.files.outputs import Outputs
 from flux_lora.files.record import Environment, Software
@@ -137,6 +138,7 @@ def assemble(
             memory=memory,
             transformers=transformers,
             encoders=encoders,
+            pictures=NoPictures(),
             adapters=adapters,
             prompts=prompts,
             beside=beside,

@@ -45,6 +45,9 @@ class Autoencoder(Protocol):
     def config(self) -> AutoencoderConfig:
         """What it was built by."""
 
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Turn images into latents, or a distribution of them; with ``return_dict=False`` as a tuple's first item."""
+
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """Turn latents into pixels; with ``return_dict=False`` a tuple whose first item they are."""
 
@@ -74,6 +77,9 @@ class Tokenizer(Protocol):
 class ImageProcessor(Protocol):
     """diffusers' VaeImageProcessor."""
 
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turn an image whose sides the model can draw into pixels (1, 3, H, W) in −1…1."""
+
     def postprocess(self, image: Tensor) -> list[Image.Image]:
         """Turn pixels (B, 3, H, W) in −1…1 into images."""
 
@@ -101,6 +107,10 @@ class Pipeline(Protocol):
         """An `Autoencoder` that is also a module."""
 
     @property
+    def scheduler(self) -> Any:
+        """A FlowMatchEulerDiscreteScheduler."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """CLIP's."""
 
@@ -124,12 +134,12 @@ class Pipeline(Protocol):
         latents: Tensor,
         height: int,
         width: int,
-        num_inference_steps: int,
+        sigmas: Sequence[float],
         guidance_scale: float,
         output_type: str,
         callback_on_step_end: AfterStep,
     ) -> PipelineOutput:
-        """Denoise."""
+        """Denoise in a step for each of ``sigmas``, the noise levels with which they begin, before they are shifted."""
 
     def encode_prompt(
         self, prompt: str, prompt_2: str | None, *, max_sequence_length: int

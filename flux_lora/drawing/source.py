@@ -1,11 +1,13 @@
 """The picture that a request starts from, as what draws takes it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
 
+from flux_lora.drawing.inpainting import is_white
+from flux_lora.drawing.schedule import steps_run
 from flux_lora.request import Request
 
 
@@ -33,6 +35,18 @@ class Given:
     image_file: bytes
     """The image's file as it arrived, whose content credentials go into the new one."""
 
+    def seen(self, steps: int) -> "Given | None":
+        """What of it can change the picture that is drawn in ``steps`` steps of a schedule; None: nothing.
+
+        A mask that is white throughout keeps nothing; and where all steps are run, they begin with noise alone.
+        """
+        mask = self.source.mask
+        if mask is None or is_white(mask):
+            if steps_run(steps, self.source.strength) == steps:
+                return None
+            return replace(self, source=replace(self.source, mask=None), mask_digest=None)
+        return self
+
 
 class Pictures(Protocol):
     """Reads the image and mask that a request names."""
@@ -47,3 +61,11 @@ class Pictures(Protocol):
         Raises:
             FluxLoraError: a file cannot be had, or is no picture that can be used.
         """
+
+
+class NoPictures:
+    """For an interface that takes no pictures."""
+
+    def read(self, _request: Request, _log: Callable[[str], None]) -> Given | None:
+        """Start from noise, whatever is asked."""
+        return None

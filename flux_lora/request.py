@@ -216,8 +216,6 @@ class Request(BaseModel):
             notes.append("aspect_ratio, width and height are ignored: the image decides the size")
         elif self.aspect_ratio != "custom" and sides:
             notes.append(f"width and height are ignored: aspect_ratio is {self.aspect_ratio}, not custom")
-        if self.image and self.prompt_strength == 1:
-            notes.append("prompt_strength 1 forgets the image, and takes nothing of it but its size")
         if not self.image and not self._is_default("prompt_strength"):
             notes.append("prompt_strength is ignored: there is no image")
         if not self.extra_lora and not self._is_default("extra_lora_scale"):

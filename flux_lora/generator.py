@@ -187,7 +187,7 @@ class Generator:
 
         # 3. The picture that all images start from, if there is one, as latents.
         with ledger.timed("source"):
-            start = encode(pipeline, task.given.source) if task.given else None
+            start = encode(pipeline, task.given.source, parts.memory.choice.strips) if task.given else None
 
         # 4. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
         all_reused = 0

@@ -317,7 +317,12 @@ class Generator:
             guidance_scale=request.guidance_scale if self._has_guidance(request.model) else None,
             loras=tuple(loras),
             source=given
-            and Source(image=given.image_digest, mask=given.mask_digest, prompt_strength=given.source.strength),
+            and Source(
+                image=given.image_digest,
+                mask=given.mask_digest,
+                prompt_strength=given.source.strength,
+                megapixels=getattr(request, "megapixels", "1"),
+            ),
             go_fast=getattr(request, "go_fast", False),
             reused_steps=reused,
             output_format=request.output_format,

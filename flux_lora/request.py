@@ -37,6 +37,9 @@ SIZES: dict[AspectRatio, tuple[int, int]] = {
 LARGEST_SIDE = 1440
 """Of a picture of ``custom`` size, in pixels; such a square has the most of them."""
 
+SMALLEST_SIDE = 256
+"""The same at the other end."""
+
 MAX_TEXT_TOKENS: dict[Model, int] = {"dev": 512, "schnell": 256}
 """How many T5 tokens each model was trained to read."""
 
@@ -80,7 +83,7 @@ def _text_or_none(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Side = Annotated[int, Field(ge=256, le=LARGEST_SIDE), BeforeValidator(_whole)]
+Side = Annotated[int, Field(ge=SMALLEST_SIDE, le=LARGEST_SIDE), BeforeValidator(_whole)]
 Seed = Annotated[int, BeforeValidator(_seed)]
 Text = Annotated[str, BeforeValidator(_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_text_or_none)]

@@ -21,7 +21,6 @@ from flux_lora.drawing import safety
 from flux_lora.drawing.image import decode, denoise, image_tokens
 from flux_lora.drawing.pipeline import Pipelines
 from flux_lora.drawing.prompts import PromptEncoder
-from flux_lora.drawing.source import NoPictures
 from flux_lora.errors import DrawingError
 from flux_lora.files.outputs import Outputs
 from flux_lora.files.record import Environment, Software
@@ -35,6 +34,7 @@ from flux_lora.lora.merge import MergedModule
 from flux_lora.memory import placement
 from flux_lora.memory.placement import Placement
 from flux_lora.memory.plans import Room
+from flux_lora.pictures import Pictures
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
@@ -138,7 +138,7 @@ def assemble(
             memory=memory,
             transformers=transformers,
             encoders=encoders,
-            pictures=NoPictures(),
+            pictures=Pictures(sources),
             adapters=adapters,
             prompts=prompts,
             beside=beside,

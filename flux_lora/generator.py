@@ -155,7 +155,7 @@ class Generator:
                 f"the image gives the size alone: prompt_strength {given.source.strength:g} runs all "
                 f"{request.num_inference_steps} steps, which begin with noise"
             )
-        schedule = self.parts.schedule or (step_cache.Schedule() if getattr(request, "go_fast", False) else None)
+        schedule = self.parts.schedule or (step_cache.Schedule() if request.go_fast else None)
         return Task(request, seen, given.source.pixels.size if given else request.size, schedule)
 
     def _draw(
@@ -238,7 +238,7 @@ class Generator:
         steps = f"{task.steps} of {request.num_inference_steps}" if task.given else str(task.steps)
         ledger.log(f"seed: {request.seed}")
         ledger.log(f"size: {width}×{height}, {request.num_outputs} × {request.model}, {steps} steps")
-        if getattr(request, "go_fast", False) and task.schedule and not task.schedule.reused(task.steps):
+        if request.go_fast and task.schedule and not task.schedule.reused(task.steps):
             ledger.log(f"go_fast has no effect: {task.steps} steps are too few to reuse any")
         for note in request.notes:
             ledger.log(note)
@@ -321,9 +321,9 @@ class Generator:
                 image=given.image_digest,
                 mask=given.mask_digest,
                 prompt_strength=given.source.strength,
-                megapixels=getattr(request, "megapixels", "1"),
+                megapixels=request.megapixels,
             ),
-            go_fast=getattr(request, "go_fast", False),
+            go_fast=request.go_fast,
             reused_steps=reused,
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,

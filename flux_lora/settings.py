@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationErro
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
-from flux_lora.request import MODELS, Model
+from flux_lora.inputs import Model
+from flux_lora.request import MODELS
 
 GIB = 1024**3
 

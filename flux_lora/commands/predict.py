@@ -16,12 +16,16 @@ from flux_lora import rules
 from flux_lora.commands import drawing_settings
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
-from flux_lora.request import MODELS, Request, documented_inputs
+from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface, schemas
+from flux_lora.request import MODELS, Request
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.wording import complain, printable
 
 OUTPUTS = Path("outputs")
+
+FILES = ("image", "mask", "replicate_weights", "extra_lora")
+"""Inputs whose value may be a file of the caller's: ``-i image=@photo.jpg``."""
 
 EXAMPLES = """\
 examples:
@@ -29,12 +33,14 @@ examples:
   scripts/predict -i prompt="a tomato" -i seed=7 -i lora_scale=0.5 -i num_outputs=4 -o tomato.webp
   echo '{"prompt": "a tomato", "seed": 7}' | scripts/predict --json -
   scripts/predict --from outputs/0001-seed7.webp
+  scripts/predict --extended -i prompt="a pear" -i image=@tomato.webp -i prompt_strength=0.6
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict once: paths, or JSON with ``--json``, go to standard output, and log and progress to standard error."""
-    parser = _parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(EXTENDED if "--extended" in words else DOCUMENTED)
     options = parser.parse_args(arguments)
     if options.json is not None and options.input:
         parser.error("give the inputs with -i or with --json, not both")
@@ -57,7 +63,9 @@ def _predict(options: argparse.Namespace) -> int:
         source = provenance.read(options.source)
         original = options.source.read_bytes()
         inputs = redraw.inputs_of(source) | inputs
-    request = Request.parse(**inputs)  # bad input, and no place for the output, are refused before anything is loaded
+    request = Request.parse(
+        options.interface, **inputs
+    )  # bad input, and no place for the output, are refused before anything is loaded
     _require_place(options.output or OUTPUTS / "picture")
     settings = drawing_settings()
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
@@ -100,23 +108,33 @@ def _loras(digest: str, settings: Settings) -> Iterator[Path]:
             yield path
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(interface: Interface) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description="Draw pictures with the model in the weights directory (FLUX_WEIGHTS, default: weights).",
-        epilog=f"inputs:\n{''.join(_input_help())}\n{EXAMPLES}",
+        epilog=f"inputs:\n{''.join(_input_help(interface))}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-i", "--input", action="append", metavar="NAME=VALUE", default=[], help="an input; repeatable")
+    parser.add_argument(
+        "--extended",
+        dest="interface",
+        action="store_const",
+        const=EXTENDED,
+        default=DOCUMENTED,
+        help="take the extended inputs; with --help: say which",
+    )
     parser.add_argument("--json", metavar="JSON", help="all inputs as JSON: @FILE, - or @- for standard input, or text")
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="where to write (default: outputs/)")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw a picture of ours once more")
     return parser
 
 
-def _input_help() -> Iterator[str]:
-    for name, schema in documented_inputs().items():
-        choices = "|".join(schema["enum"]) if "enum" in schema else schema["type"]
+def _input_help(interface: Interface) -> Iterator[str]:
+    for name, schema in schemas(interface).items():
+        choices = (
+            "|".join(schema["enum"]) if "enum" in schema else "@FILE|address" if "format" in schema else schema["type"]
+        )
         bounds = f" {schema['minimum']}…{schema['maximum']}" if "minimum" in schema else ""
         default = f", default {schema['default']}" if "default" in schema else ""
         yield f"  {name:24}{choices}{bounds}{default}\n"
@@ -129,15 +147,18 @@ def _inputs(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def flag(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE as the input's documented type; what cannot be read is left for the request model to refuse."""
+    """Read NAME=VALUE as the type of the input, which is the same in all interfaces.
+
+    What cannot be read is left for the request model to refuse.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise RequestError(f"-i {text} is not of the form name=value.")
     if len(value) > 1 and value[0] == value[-1] == '"':
         value = value[1:-1]
-    kind = documented_inputs().get(name, {}).get("type")
-    if name == "replicate_weights" and value.startswith("@"):
-        return name, _data_uri(Path(value[1:]))
+    kind = EXTENDED[name].type if name in EXTENDED else None
+    if name in FILES and value.startswith("@"):
+        return name, _data_uri(name, Path(value[1:]))
     if kind == "boolean":
         return name, {"true": True, "false": False}.get(value.lower(), value)
     if kind in ("integer", "number"):
@@ -163,11 +184,11 @@ def _json_inputs(text: str) -> dict[str, Any]:
     return inputs
 
 
-def _data_uri(path: Path) -> str:
+def _data_uri(name: str, path: Path) -> str:
     try:
         return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError as error:
-        raise RequestError(f"replicate_weights: {error}.") from None
+        raise RequestError(f"{name}: {error}.") from None
 
 
 def _require_place(path: Path) -> None:

@@ -61,11 +61,3 @@ class Pictures(Protocol):
         Raises:
             FluxLoraError: a file cannot be had, or is no picture that can be used.
         """
-
-
-class NoPictures:
-    """For an interface that takes no pictures."""
-
-    def read(self, _request: Request, _log: Callable[[str], None]) -> Given | None:
-        """Start from noise, whatever is asked."""
-        return None

@@ -16,7 +16,7 @@ from flux_lora.errors import OutputError
 from flux_lora.files import provenance
 from flux_lora.files.record import Parameters
 from flux_lora.files.signing import Signer
-from flux_lora.request import OutputFormat
+from flux_lora.inputs import OutputFormat
 
 FULL_CHROMA_QUALITY = 90
 """JPEG quality from which colour keeps its full resolution (4:4:4), as in ImageMagick."""

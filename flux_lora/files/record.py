@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import flux_lora
 from flux_lora.errors import OutputError
 from flux_lora.files import own_code
-from flux_lora.request import Model, OutputFormat
+from flux_lora.inputs import Model, OutputFormat
 
 OWN = ("flux_lora", "code")
 """What names flux-lora's own code in the software of a record; all else there are libraries."""

@@ -1,7 +1,7 @@
 """A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
 
 import io
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -12,18 +12,19 @@ from flux_lora.errors import OutputError, RequestError, SourceError
 from flux_lora.files import provenance
 from flux_lora.files.record import OWN, Parameters
 from flux_lora.files.signing import unsigned
-from flux_lora.request import SIZES, SMALLEST_SIDE, documented_inputs
+from flux_lora.inputs import DOCUMENTED, SMALLEST_SIDE, Interface
+from flux_lora.request import SIZES
 
 
-def inputs_of(parameters: Parameters, known: Container[str] | None = None) -> dict[str, object]:
+def inputs_of(parameters: Parameters, interface: Interface = DOCUMENTED) -> dict[str, object]:
     """The inputs that ask for one picture with these parameters, but for what names LoRAs, image and mask.
 
     Args:
         parameters: what the picture's record says.
-        known: the names of the inputs that can be given; None: those of the documented interface.
+        interface: whose inputs they are to be.
 
     Raises:
-        RequestError: no inputs do, or not those that can be given.
+        RequestError: no inputs do, or only those of another interface.
     """
     if len(parameters.loras) > 2:
         raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; two can be asked for at most.")
@@ -43,10 +44,10 @@ def inputs_of(parameters: Parameters, known: Container[str] | None = None) -> di
         "output_quality": parameters.output_quality,
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    if unknown := [name for name in inputs if name not in (known or documented_inputs())]:
+    if unknown := [name for name in inputs if name not in interface]:
         raise RequestError(
-            f"The picture was drawn with {' and '.join(unknown)}, which the documented interface does not have: draw it "
-            "again by the extended one, with --extended."
+            f"The picture was drawn with {' and '.join(unknown)}, which is not an input here: draw it again by the "
+            "extended interface, with --extended."
         )
     return inputs
 

@@ -8,8 +8,9 @@ import torch
 
 from flux_lora.checkpoint.assembling import Network
 from flux_lora.device import devices
+from flux_lora.inputs import LARGEST_SIDE
 from flux_lora.memory.plans import Room, Sizes, Weights
-from flux_lora.request import LARGEST_SIDE, MAX_TEXT_TOKENS
+from flux_lora.request import MAX_TEXT_TOKENS
 
 CONTEXT_BYTES = 640 * 2**20
 """What the driver counts for a process beside its tensors: context, kernels, libraries' handles.

@@ -187,7 +187,7 @@ class Generator:
 
         # 3. The picture that all images start from, if there is one, as latents.
         with ledger.timed("source"):
-            start = encode(pipeline, task.given.source) if task.given else None
+            start = encode(pipeline, task.given.source, parts.memory.choice.strips) if task.given else None
 
         # 4. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
         all_reused = 0
@@ -317,7 +317,12 @@ class Generator:
             guidance_scale=request.guidance_scale if self._has_guidance(request.model) else None,
             loras=tuple(loras),
             source=given
-            and Source(image=given.image_digest, mask=given.mask_digest, prompt_strength=given.source.strength),
+            and Source(
+                image=given.image_digest,
+                mask=given.mask_digest,
+                prompt_strength=given.source.strength,
+                megapixels=request.megapixels,
+            ),
             go_fast=request.go_fast,
             reused_steps=reused,
             output_format=request.output_format,

@@ -32,14 +32,13 @@ class Start:
 
 
 @torch.no_grad()
-def encode(pipeline: Pipeline, source: SourceImage) -> Start:
-    """Encode a source image by the VAE: the mean of what it may stand for, not a sample of it."""
+def encode(pipeline: Pipeline, source: SourceImage, in_strips: bool = False) -> Start:
+    """Encode a source image by the VAE: the mean of what it may stand for, not a sample; in strips with less memory."""
     vae = pipeline.vae
     width, height = (drawable(length, _grid(pipeline)) for length in source.pixels.size)
     pixels = pipeline.image_processor.preprocess(extend(source.pixels, width, height)).to(vae.device, vae.dtype)
-    encoded = vae.encode(pixels, return_dict=False)[0]
-    mean = encoded if isinstance(encoded, Tensor) else encoded.mode()
-    latents = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    encoded = strips.encode(vae, pixels) if in_strips else strips.mean(vae.encode(pixels, return_dict=False)[0])
+    latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
     drawn = None
     if source.mask:
         drawn = drawn_latents(extend(source.mask, width, height), pipeline.vae_scale_factor).to(latents.device)

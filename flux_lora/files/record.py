@@ -103,6 +103,8 @@ class Source(_Record):
     """SHA-256 of the mask's; None: all of the image was drawn anew."""
     prompt_strength: float
     """Share of the noise schedule that was run, 0…1."""
+    megapixels: str
+    """As it was asked for: it decides to what size the image was scaled."""
 
 
 class Parameters(_Record):

@@ -36,6 +36,9 @@ Counted in a dry run of diffusers' FluxTransformer2DModel with fused attention: 
 DECODE_TENSORS, STRIPS_TENSORS = 3.05, 1.7
 """The same of the decoder, for each pixel and channel of its last block's input; counted: 3.0 whole, 1.64 in strips."""
 
+ENCODE_TENSORS, ENCODE_STRIPS_TENSORS = 5.05, 2.25
+"""The same of the encoder, for each pixel and channel of its first block; counted: 5.0 whole, 2.18 in strips."""
+
 
 def available_room(device: torch.device, asked: int | None) -> Room:
     """Measure what may be taken: the least of free memory, the allocator's cap, and ``FLUX_MEMORY_BUDGET``.
@@ -67,13 +70,23 @@ def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dty
     )
 
 
-def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_each: int = 2) -> tuple[int, int, int]:
-    """What the largest image takes beside the weights: while it is denoised, decoded whole, and decoded in strips."""
+def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_each: int = 2) -> tuple[int, ...]:
+    """What the largest image takes beside the weights.
+
+    Returns:
+        Bytes while it is denoised; decoded whole, and in strips; and while a source image of its size is encoded whole,
+        and in strips.
+    """
     channels = vae["block_out_channels"]
     tokens = (LARGEST_SIDE // 2 ** len(channels)) ** 2 + max(MAX_TEXT_TOKENS.values())
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    pixels = LARGEST_SIDE**2 * channels[min(1, len(channels) - 1)] * bytes_each
-    return DENOISE_TENSORS * tokens * width * bytes_each, int(DECODE_TENSORS * pixels), int(STRIPS_TENSORS * pixels)
+    decoding = LARGEST_SIDE**2 * channels[min(1, len(channels) - 1)] * bytes_each
+    encoding = LARGEST_SIDE**2 * channels[0] * bytes_each
+    return (
+        DENOISE_TENSORS * tokens * width * bytes_each,
+        *(int(each * decoding) for each in (DECODE_TENSORS, STRIPS_TENSORS)),
+        *(int(each * encoding) for each in (ENCODE_TENSORS, ENCODE_STRIPS_TENSORS)),
+    )
 
 
 def weights(component: str, network: Network) -> Weights:

@@ -36,29 +36,36 @@ class Pictures:
         Raises:
             RequestError: a file cannot be had, or is no picture that can be used.
         """
-        if not request.image:
+        files = self.files(request)
+        if "image" not in files:
             return None
-        image_file = self._file("image", request.image)
-        image = read_image(image_file, "image")
+        image = read_image(files["image"], "image")
         size = fitted_size(image.size, quarter=request.megapixels == "0.25")
-        mask, mask_digest = None, None
-        if request.mask:
-            mask_file = self._file("mask", request.mask)
-            mask, mask_digest = read_mask(mask_file), hashlib.sha256(mask_file).hexdigest()
-            if mask.size != image.size:
-                log(f"mask: scaled from {_text(mask.size)} to the image's {_text(image.size)}")
+        mask = read_mask(files["mask"]) if "mask" in files else None
+        if mask and mask.size != image.size:
+            log(f"mask: scaled from {_text(mask.size)} to the image's {_text(image.size)}")
         if size != image.size:
             log(f"image: scaled from {_text(image.size)} to {_text(size)}")
+        digests = {name: hashlib.sha256(file).hexdigest() for name, file in files.items()}
         return Given(
             source=SourceImage(
                 pixels=image.resize(size, Image.Resampling.LANCZOS),
                 mask=mask and mask.resize(size, Image.Resampling.NEAREST),
                 strength=request.prompt_strength,
             ),
-            image_digest=hashlib.sha256(image_file).hexdigest(),
-            mask_digest=mask_digest,
-            image_file=image_file,
+            image_digest=digests["image"],
+            mask_digest=digests.get("mask"),
+            image_file=files["image"],
         )
+
+    def files(self, request: Request) -> dict[str, bytes]:
+        """Fetch the files that a request names, by the names of their inputs.
+
+        Raises:
+            RequestError: one cannot be had.
+        """
+        named = {"image": request.image, "mask": request.mask}
+        return {name: self._file(name, source) for name, source in named.items() if source}
 
     def _file(self, name: str, source: str) -> bytes:
         try:

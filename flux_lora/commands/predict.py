@@ -62,7 +62,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.source:
         source = provenance.read(options.source)
         original = options.source.read_bytes()
-        inputs = redraw.inputs_of(source) | inputs
+        inputs = redraw.inputs_of(source, options.interface) | inputs
     request = Request.parse(
         options.interface, **inputs
     )  # bad input, and no place for the output, are refused before anything is loaded
@@ -72,10 +72,15 @@ def _predict(options: argparse.Namespace) -> int:
         settings = settings.model_copy(update={"request_tokens": True})
     rules.check(request, settings)
     fine_tune = settings.cog_weights
+    if source:
+        from flux_lora.pictures import Pictures  # as late as assembly, below
+
+        redraw.check_files(source, Pictures(Sources.from_settings(settings)).files(request))
     if source and "replicate_weights" not in inputs:
-        fine_tune = None
-        for lora in source.loras:
-            fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
+        loras = [redraw.find_lora(lora.digest, _loras(lora.digest, settings)) for lora in source.loras]
+        fine_tune = str(loras[0]) if loras else None
+        if loras[1:] and not request.extra_lora:
+            request = request.model_copy(update={"extra_lora": _data_uri("extra_lora", loras[1])})
     metrics: dict[str, Any] = {}
 
     from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch

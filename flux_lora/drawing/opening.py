@@ -4,6 +4,7 @@ Masks go the same way, and end as black and white.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ WHITE = 128
 
 QUARTER = SIZES["1:1"][0] * SIZES["1:1"][1] // 4
 """Pixels of a picture of 0.25 megapixels."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
+"""What Pillow's readers raise for a file that they cannot read; that of AVIF a RuntimeError."""
 
 OTHERS = {
     b"%PDF": "a PDF",
@@ -114,23 +118,23 @@ def fitted_size(size: tuple[int, int], *, quarter: bool) -> tuple[int, int]:
 
 @contextmanager
 def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
-    """The image in a file, decoded."""
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise _too_many_pixels(name) from None
-    # What Pillow's readers raise for a file that they cannot read: an AVIF's is a RuntimeError.
-    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError):
-        raise RequestError(f"{name} {_fault(data)}") from None
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise _too_many_pixels(name, image.size)
+    """The image in a file, decoded; Pillow's warnings, of what is odd about it, are nobody's news."""
+    with warnings.catch_warnings(action="ignore"):
         try:
-            image.load()
-        except (OSError, SyntaxError, ValueError, RuntimeError, EOFError):
-            raise RequestError(f"{name} is a damaged {image.format} file: it cannot be decoded to its end.") from None
-        yield image
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise _too_many_pixels(name) from None
+        except UNREADABLE:
+            raise RequestError(f"{name} {_fault(data)}") from None
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_many_pixels(name, image.size)
+            try:
+                image.load()
+            except UNREADABLE:
+                fault = f"is a damaged {image.format} file: it cannot be decoded to its end"
+                raise RequestError(f"{name} {fault}.") from None
+            yield image
 
 
 def _fault(data: bytes) -> str:
@@ -150,7 +154,10 @@ def _too_many_pixels(name: str, size: tuple[int, int] | None = None) -> RequestE
 
 
 def _orientation(image: Image.Image) -> object:
-    return image.getexif().get(ExifTags.Base.Orientation)
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:  # the EXIF alone
+        return None
 
 
 def _turned(pixels: Image.Image, orientation: object) -> Image.Image:

@@ -151,6 +151,8 @@ class Sources:
             SourceError: it is neither, is refused, or cannot be fetched. The message is the end of a sentence.
         """
         source = source.strip()
+        if is_inline(source):
+            source = "".join(source.split())  # many tools write base64 in lines
         _check_text(source)
         deadline = time.monotonic() + self._request_network.patience.total
         if is_inline(source):

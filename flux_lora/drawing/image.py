@@ -38,11 +38,11 @@ def encode(pipeline: Pipeline, source: SourceImage, in_strips: bool = False) -> 
     width, height = (drawable(length, _grid(pipeline)) for length in source.pixels.size)
     pixels = pipeline.image_processor.preprocess(extend(source.pixels, width, height)).to(vae.device, vae.dtype)
     encoded = strips.encode(vae, pixels) if in_strips else strips.mean(vae.encode(pixels, return_dict=False)[0])
-    latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+    latents = (encoded.float() - vae.config.shift_factor) * vae.config.scaling_factor
     drawn = None
     if source.mask:
         drawn = drawn_latents(extend(source.mask, width, height), pipeline.vae_scale_factor).to(latents.device)
-    return Start(latents.float(), drawn, source.strength)
+    return Start(latents, drawn, source.strength)
 
 
 def denoise(

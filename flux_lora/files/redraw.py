@@ -46,8 +46,8 @@ def inputs_of(parameters: Parameters, interface: Interface = DOCUMENTED) -> dict
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if unknown := [name for name in inputs if name not in interface]:
         raise RequestError(
-            f"The picture was drawn with {' and '.join(unknown)}, which is not an input here: draw it again by the "
-            "extended interface, with --extended."
+            f"The picture needs inputs that the documented interface does not have ({', '.join(unknown)}): draw it "
+            "again by the extended one, with --extended."
         )
     return inputs
 

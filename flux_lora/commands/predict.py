@@ -1,7 +1,6 @@
 """``scripts/predict``: one prediction by the generator that Cog serves, called as ``cog predict`` is."""
 
 import argparse
-import base64
 import errno
 import json
 import os
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_lora import rules
-from flux_lora.commands import drawing_settings
+from flux_lora.commands import desktop, drawing_settings, flags, paths
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
-from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface, schemas
+from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface
 from flux_lora.request import MODELS, Request
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
@@ -24,14 +23,12 @@ from flux_lora.wording import complain, printable
 
 OUTPUTS = Path("outputs")
 
-FILES = ("image", "mask", "replicate_weights", "extra_lora")
-"""Inputs whose value may be a file of the caller's: ``-i image=@photo.jpg``."""
-
 EXAMPLES = """\
 examples:
   scripts/predict -i prompt="a tomato on a blue background"
   scripts/predict -i prompt="a tomato" -i seed=7 -i lora_scale=0.5 -i num_outputs=4 -o tomato.webp
   echo '{"prompt": "a tomato", "seed": 7}' | scripts/predict --json -
+  scripts/predict -i prompt="a photo of TOK" --lora ~/training/my-lora
   scripts/predict --from outputs/0001-seed7.webp
   scripts/predict --extended -i prompt="a pear" -i image=@tomato.webp -i prompt_strength=0.6
 """
@@ -44,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.json is not None and options.input:
         parser.error("give the inputs with -i or with --json, not both")
+    if len(options.lora) > 1:
+        parser.error("--lora takes one LoRA, which draws in place of the one in the weights directory")
     try:
         return _predict(options)
     except FluxLoraError as error:
@@ -57,30 +56,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    inputs = _inputs(options)
+    inputs = flags.read(options.input) if options.json is None else flags.read_json(options.json)
     source = None
     if options.source:
         source = provenance.read(options.source)
         original = options.source.read_bytes()
         inputs = redraw.inputs_of(source, options.interface) | inputs
-    request = Request.parse(
-        options.interface, **inputs
-    )  # bad input, and no place for the output, are refused before anything is loaded
+    # Bad input, and no place for the output, are refused before anything is loaded.
+    request = Request.parse(options.interface, **inputs)
     _require_place(options.output or OUTPUTS / "picture")
     settings = drawing_settings()
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
         settings = settings.model_copy(update={"request_tokens": True})
     rules.check(request, settings)
+    sources = Sources.from_settings(settings)
+    if options.lora:
+        settings = settings.model_copy(
+            update={"cog_weights": _operators_lora(options.lora[0], request, sources, settings)}
+        )
+    for name in ("replicate_weights", "extra_lora"):
+        if lora := getattr(request, name):
+            named = paths.of_request(lora, settings.weights, name)
+            sources.check(named, root=settings.weights)
+            request = request.model_copy(update={name: named})
     fine_tune = settings.cog_weights
     if source:
         from flux_lora.pictures import Pictures  # as late as assembly, below
 
-        redraw.check_files(source, Pictures(Sources.from_settings(settings)).files(request))
-    if source and "replicate_weights" not in inputs:
-        loras = [redraw.find_lora(lora.digest, _loras(lora.digest, settings)) for lora in source.loras]
+        redraw.check_files(source, Pictures(sources).files(request))
+    if source and not options.lora and not request.replicate_weights:
+        loras = [redraw.find_lora(lora.digest, _loras(lora.digest, sources, settings)) for lora in source.loras]
         fine_tune = str(loras[0]) if loras else None
         if loras[1:] and not request.extra_lora:
-            request = request.model_copy(update={"extra_lora": _data_uri("extra_lora", loras[1])})
+            request = request.model_copy(update={"extra_lora": flags.data_uri("extra_lora", loras[1])})
     metrics: dict[str, Any] = {}
 
     from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch
@@ -97,12 +105,24 @@ def _predict(options: argparse.Namespace) -> int:
             {"status": "succeeded", "input": inputs, "output": [str(path) for path in written], "metrics": metrics},
             options.output,
         )
+    if options.open and (reason := desktop.show(written, settings)):
+        complain(f"not opened: {reason}")
     return 0
 
 
-def _loras(digest: str, settings: Settings) -> Iterator[Path]:
+def _operators_lora(named: str, request: Request, sources: Sources, settings: Settings) -> str:
+    """What ``--lora`` names, checked as far as that is quick."""
+    if not named.strip():
+        raise RequestError("--lora is empty: name a file, a folder, an address or an id, or leave it out.")
+    if request.replicate_weights:
+        raise RequestError("Give a LoRA with --lora or as the input replicate_weights, not both.")
+    lora = paths.of_operator(named, settings.weights)
+    sources.check(lora, root=None)
+    return lora
+
+
+def _loras(digest: str, sources: Sources, settings: Settings) -> Iterator[Path]:
     """Where the LoRA with this digest may be: the operator's, in the cache of downloads, in the weights directory."""
-    sources = Sources.from_settings(settings)
     if settings.cog_weights:
         yield sources.fetch(settings.cog_weights, root=None)
     if cached := sources.cached(digest):
@@ -117,7 +137,7 @@ def _parser(interface: Interface) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description="Draw pictures with the model in the weights directory (FLUX_WEIGHTS, default: weights).",
-        epilog=f"inputs:\n{''.join(_input_help(interface))}\n{EXAMPLES}",
+        epilog=f"inputs:\n{''.join(flags.described(interface))}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-i", "--input", action="append", metavar="NAME=VALUE", default=[], help="an input; repeatable")
@@ -130,70 +150,17 @@ def _parser(interface: Interface) -> argparse.ArgumentParser:
         help="take the extended inputs; with --help: say which",
     )
     parser.add_argument("--json", metavar="JSON", help="all inputs as JSON: @FILE, - or @- for standard input, or text")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE_OR_SOURCE",
+        default=[],
+        help="draw with this LoRA: a file, a folder that holds one, an address, or an id",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="where to write (default: outputs/)")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw a picture of ours once more")
+    parser.add_argument("--open", action="store_true", help="show the pictures, where there is a desktop")
     return parser
-
-
-def _input_help(interface: Interface) -> Iterator[str]:
-    for name, schema in schemas(interface).items():
-        choices = (
-            "|".join(schema["enum"]) if "enum" in schema else "@FILE|address" if "format" in schema else schema["type"]
-        )
-        bounds = f" {schema['minimum']}…{schema['maximum']}" if "minimum" in schema else ""
-        default = f", default {schema['default']}" if "default" in schema else ""
-        yield f"  {name:24}{choices}{bounds}{default}\n"
-
-
-def _inputs(options: argparse.Namespace) -> dict[str, Any]:
-    if options.json is not None:
-        return _json_inputs(options.json)
-    return dict(flag(text) for text in options.input)
-
-
-def flag(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE as the type of the input, which is the same in all interfaces.
-
-    What cannot be read is left for the request model to refuse.
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RequestError(f"-i {text} is not of the form name=value.")
-    if len(value) > 1 and value[0] == value[-1] == '"':
-        value = value[1:-1]
-    kind = EXTENDED[name].type if name in EXTENDED else None
-    if name in FILES and value.startswith("@"):
-        return name, _data_uri(name, Path(value[1:]))
-    if kind == "boolean":
-        return name, {"true": True, "false": False}.get(value.lower(), value)
-    if kind in ("integer", "number"):
-        for convert in (int, float):
-            try:
-                return name, convert(value)
-            except ValueError:
-                continue
-    return name, value
-
-
-def _json_inputs(text: str) -> dict[str, Any]:
-    try:
-        if text in ("-", "@-"):
-            text = sys.stdin.read()
-        elif text.startswith("@"):
-            text = Path(text[1:]).read_text()
-        inputs = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"--json: {error}.") from None
-    if not isinstance(inputs, dict):
-        raise RequestError("--json takes an object of inputs.")
-    return inputs
-
-
-def _data_uri(name: str, path: Path) -> str:
-    try:
-        return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    except OSError as error:
-        raise RequestError(f"{name}: {error}.") from None
 
 
 def _require_place(path: Path) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from flux_lora.drawing.prompts import PromptEncoder, read_part
+from flux_lora.checkpoint.assembling import open_directory
+from flux_lora.drawing.prompts import PromptEncoder, read_part, unknown_words
+from tests.conftest import MINI
 from tests.loaded import load
 
 
@@ -131,3 +133,29 @@ def test_what_is_tokenized_does_not_grow_with_the_prompt(pipeline: FluxPipeline,
     PromptEncoder(capacity=0).encode(counted, text, 512, ())
     assert sum(lengths) < 100_000
     assert len(text) < 50_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "strange"),
+    [
+        ("a cat", ""),
+        ("A Cat, a CAT. a 'cat'!", "CAT"),  # T5 tells capitals from small letters
+        ("a hat-cat and the cats", "hat-cat, and, the, cats"),
+        ("a hat, a hat", "hat"),
+        ("eine Kätzin’s 8k _cat_ 猫", "eine, Kätzin’s, 8k, 猫"),
+        (" ".join(f"w{n}" for n in range(9)), "w0, w1, w2, w3, w4, w5, w6, w7, …"),
+        ("\x1b[31m…", "31m"),
+        ("", ""),
+    ],
+)
+def test_words_that_are_not_known_are_listed(prompt: str, strange: str) -> None:
+    assert unknown_words(prompt, {"a", "cat"}) == strange
+
+
+def test_the_miniature_lists_the_words_that_its_tokenizers_know_whole(pipeline: FluxPipeline) -> None:
+    known = open_directory(MINI, torch.float32).known_words
+    vocabulary = pipeline.tokenizer_2.get_vocab()
+    assert known == {word.removeprefix("▁").lower() for word in vocabulary if len(word) > 2 or word == "▁a"} - {
+        *("</s>", "<pad>", "<unk>")
+    }
+    assert {word for word in known if len(pipeline.tokenizer(word).input_ids) > 3} == set()

@@ -535,7 +535,7 @@ def test_path(source: str, reason: str, sources: Sources, internet: Internet, ro
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("/dev/zero", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("dev/vae", "a directory")],
+    [("/dev/zero", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("dev/vae", "a folder without")],
 )
 def test_operators_devices_and_directories(
     source: str, reason: str, sources: Sources, root: Path, monkeypatch: pytest.MonkeyPatch

@@ -719,7 +719,7 @@ def test_what_can_be_said_at_once_is_said_before_anything_is_fetched(
     for source, reason in {
         f"{tmp_path}/missing.safetensors": r"missing.safetensors' cannot be fetched: there is no such file\.",
         f"{tmp_path}/bad.safetensors": "bad.safetensors' cannot be used: it is a text file",
-        str(tmp_path): "it is a directory",
+        str(tmp_path): "it is a folder with 2 .safetensors files, so name one of bad.safetensors, good.safetensors",
         "https://files.example.com/x.zip": "must end in .safetensors or .tar",
     }.items():
         with pytest.raises((SourceError, FormatError), match=reason):

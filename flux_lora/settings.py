@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     """Largest LoRA file or archive that is downloaded."""
 
     source_deadline: float = Field(default=300.0, gt=0)
-    """Seconds that fetching a LoRA or picture of a request may take; set-up and the operator's own sources have an hour."""
+    """Seconds for fetching a LoRA or picture of a request; set-up and the operator's own sources have an hour."""
 
     source_rate: int = Field(default=64 * 1024, ge=0)
     """Bytes per second below which a server is given up that a request's LoRA or picture comes from."""

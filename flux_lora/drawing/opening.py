@@ -86,7 +86,7 @@ def read_mask(data: bytes, name: str = "mask") -> Image.Image:
     with _opened(data, name) as image:
         orientation, alpha = _orientation(image), _alpha(image)
         colours = _colours(image)
-        grey = colours.convert("RGB").convert("L") if colours.mode == "CMYK" else colours.convert("L")
+        grey = _in_mode(_in_mode(colours, "RGB") if colours.mode == "CMYK" else colours, "L")
     if alpha:
         white = Image.new("L", grey.size, 255)
         white.paste(grey, mask=alpha)
@@ -126,15 +126,13 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
             raise _too_many_pixels(name) from None
         except UNREADABLE:
             raise RequestError(f"{name} {_fault(data)}") from None
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_many_pixels(name, image.size)
-            try:
-                image.load()
-            except UNREADABLE:
-                fault = f"is a damaged {image.format} file: it cannot be decoded to its end"
-                raise RequestError(f"{name} {fault}.") from None
-            yield image
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_many_pixels(name, image.size)
+        try:
+            image.load()
+        except UNREADABLE:
+            raise RequestError(f"{name} is a damaged {image.format} file: it cannot be decoded to its end.") from None
+        yield image
 
 
 def _fault(data: bytes) -> str:
@@ -164,7 +162,13 @@ def _turned(pixels: Image.Image, orientation: object) -> Image.Image:
     """Turn upright what lies as EXIF says; nothing else of the file's metadata stays."""
     pixels.info.clear()
     pixels.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(pixels)
+    ImageOps.exif_transpose(pixels, in_place=True)
+    return pixels
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image; one that is in the mode is not copied, since it may be large."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
@@ -174,7 +178,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     if image.mode.startswith("I"):  # 16-bit grey, one value of which is transparent
         opaque = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(opaque.astype(np.uint8) * 255)
-    return image.convert("RGBA").getchannel("A")
+    return _in_mode(image, "RGBA").getchannel("A")
 
 
 def _colours(image: Image.Image) -> Image.Image:
@@ -182,8 +186,8 @@ def _colours(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("1", "L", "LA", "La"):
-        return image.convert("L")
-    return image.convert("CMYK" if image.mode == "CMYK" else "RGB")
+        return _in_mode(image, "L")
+    return _in_mode(image, "CMYK" if image.mode == "CMYK" else "RGB")
 
 
 def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
@@ -198,4 +202,4 @@ def _to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
                     return converted
         except (ImageCms.PyCMSError, OSError):
             pass
-    return pixels.convert("RGB")
+    return _in_mode(pixels, "RGB")

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 
 from training.showcase import DOCS, row
 
-FROM, TO = ("a tomato on a blue background", 1), ("a pumpkin on a blue background", 1)
-STRENGTHS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+FROM, TO = ("a strawberry on a grey background", 1), ("a pineapple on a grey background", 1)
+STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
 
-MASKED, PUT_IN = ("a tomato on a blue background", 1), ("an owl on a blue background", 2)
-BOX = (200, 200, 760, 760)
+MASKED, PUT_IN = ("a tomato on a blue background", 1), ("an owl on a blue background", 4)
+BOX = (180, 180, 840, 840)
 """What is drawn anew, in pixels."""
 
 
@@ -38,21 +38,29 @@ def saved(picture: Image.Image, file: Path) -> str:
     return f"@{file}"
 
 
-def main() -> None:
-    """Draw one thing into another by strength, and a thing in another's place within a mask."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = predict(FROM, folder)
-        image = saved(source, folder / "image.png")
-        turned = [predict(TO, folder, image=image, prompt_strength=strength) for strength in STRENGTHS]
-        row([source, *turned], DOCS / "prompt-strength.webp")
+def turn(folder: Path) -> None:
+    """Draw one thing into another, by strength."""
+    source = predict(FROM, folder)
+    image = saved(source, folder / "image.png")
+    turned = [predict(TO, folder, image=image, prompt_strength=strength) for strength in STRENGTHS]
+    row([source, *turned], DOCS / "prompt-strength.webp")
 
-        source = predict(MASKED, folder)
-        mask = Image.new("RGB", source.size)
-        ImageDraw.Draw(mask).rectangle(BOX, fill="white")
-        image, within = saved(source, folder / "image.png"), saved(mask, folder / "mask.png")
-        painted = predict(PUT_IN, folder, image=image, mask=within, prompt_strength=1)
-        row([source, mask, painted], DOCS / "inpainting.webp")
+
+def paint(folder: Path) -> None:
+    """Draw a thing in another's place, within a mask."""
+    source = predict(MASKED, folder)
+    mask = Image.new("RGB", source.size)
+    ImageDraw.Draw(mask).rectangle(BOX, fill="white")
+    image, within = saved(source, folder / "image.png"), saved(mask, folder / "mask.png")
+    painted = predict(PUT_IN, folder, image=image, mask=within, prompt_strength=1)
+    row([source, mask, painted], DOCS / "inpainting.webp")
+
+
+def main() -> None:
+    """Draw both pictures."""
+    for draw in (turn, paint):
+        with tempfile.TemporaryDirectory() as folder:
+            draw(Path(folder))
 
 
 if __name__ == "__main__":

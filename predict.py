@@ -2,13 +2,13 @@
 
 Cog's own tool writes its schema by reading this file, never by importing it, and silently drops what it cannot read:
 so every bound, choice, default and description is one plain literal. ``tests/test_contract.py`` holds them to
-``flux_lora/request.py``, which checks the values, to ``openapi.json`` and to the documented interface.
+``flux_lora/inputs.py``, by which values are checked, to ``openapi.json`` and to the documented interface.
 """
 # ruff: noqa: E501, UP045 - a description must be one literal, and Cog documents Optional[T] for optional inputs
 
 from typing import Optional
 
-from cog import BaseRunner, FieldInfo, Input, Path
+from cog import BaseRunner, Input, Path
 
 
 class Predictor(BaseRunner):
@@ -16,13 +16,9 @@ class Predictor(BaseRunner):
 
     def setup(self, weights: Path | str | None = None) -> None:
         """Load the models; ``weights`` is the fine-tune that ``COG_WEIGHTS`` names, a path or a URL."""
-        from flux_lora.assembly import assemble
-        from flux_lora.settings import Settings
-        from flux_lora.wording import say
+        from flux_lora import door
 
-        for note in Settings.notes():
-            say(note)
-        self.generator = assemble(Settings.from_environment(), fine_tune=None if weights is None else str(weights))
+        self.generator = door.set_up(weights)
 
     def healthcheck(self) -> bool:
         """Say whether the models can still serve."""
@@ -83,25 +79,8 @@ class Predictor(BaseRunner):
         Raises:
             FluxLoraError: the request cannot be drawn; the message says why and what to do.
         """
-        from flux_lora.request import Request
+        inputs = {**locals()}
+        from flux_lora import door
+        from flux_lora.inputs import DOCUMENTED
 
-        inputs = {
-            "prompt": prompt,
-            "aspect_ratio": aspect_ratio,
-            "width": width,
-            "height": height,
-            "num_outputs": num_outputs,
-            "lora_scale": lora_scale,
-            "num_inference_steps": num_inference_steps,
-            "model": model,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-            "output_format": output_format,
-            "output_quality": output_quality,
-            "replicate_weights": replicate_weights,
-            "disable_safety_checker": disable_safety_checker,
-        }
-        # Called from Python and not by Cog's server, what the caller left out is still the marker that Input() made.
-        given = {name: value for name, value in inputs.items() if not isinstance(value, FieldInfo)}
-        files = self.generator.draw(Request.parse(**given), self.record_metric)
-        return [Path(file) for file in files]
+        return door.draw(self.generator, DOCUMENTED, inputs, self.record_metric)

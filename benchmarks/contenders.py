@@ -17,7 +17,8 @@ from benchmarks import full_size
 from benchmarks.measure import median_seconds
 from flux_lora.assembly import assemble
 from flux_lora.generator import Step
-from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Model, Request
+from flux_lora.inputs import Model
+from flux_lora.request import MAX_TEXT_TOKENS, SIZES, Request
 from flux_lora.settings import ProfileName, Settings
 from flux_lora.speed import attention
 from training.random_weights import random_lora

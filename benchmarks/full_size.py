@@ -209,6 +209,11 @@ def _tile(device: torch.device) -> Tensor:
     return torch.empty(TILE).normal_(0, STD, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
+def full_vae() -> Any:
+    """FLUX.1's VAE, with the random weights that diffusers gives a new one."""
+    return _vae(**FULL["vae"])
+
+
 def _vae(**sizes: Any) -> Any:
     blocks = len(sizes["block_out_channels"])
     return diffusers.AutoencoderKL(

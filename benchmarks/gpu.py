@@ -38,7 +38,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import full_size, results
 from benchmarks.contenders import PEERS, Contender, Given, Ours, Peer, image_tokens, write_loras
 from benchmarks.measure import call_seconds, free, machine, wait
-from flux_lora.request import MAX_TEXT_TOKENS, Model
+from flux_lora.inputs import Model
+from flux_lora.request import MAX_TEXT_TOKENS
 from flux_lora.settings import Settings
 
 OURS = ("eager", "exact", "balanced", "fast")

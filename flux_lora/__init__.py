@@ -10,6 +10,8 @@ Example:
         for picture in generator.draw(Request.parse(prompt="a tomato", seed=7), record=print):
             copy(picture, ".")
 
+``Request.parse(EXTENDED, prompt=…, image=…)`` takes the extended inputs, an image and a mask among them.
+
 What is in ``__all__`` is for everybody. It is imported when it is first asked for, since drawing takes PyTorch.
 """
 
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from flux_lora.generator import Generator
+    from flux_lora.inputs import EXTENDED
     from flux_lora.request import Request
     from flux_lora.settings import Settings
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
+    "EXTENDED",
     "AdapterError",
     "DeviceMemoryError",
     "DrawingError",
@@ -55,7 +59,13 @@ __all__ = [
     "assemble",
 ]
 
-_MODULES = {"Generator": "generator", "Request": "request", "Settings": "settings", "assemble": "assembly"}
+_MODULES = {
+    "EXTENDED": "inputs",
+    "Generator": "generator",
+    "Request": "request",
+    "Settings": "settings",
+    "assemble": "assembly",
+}
 """Where each of them is; the errors are in ``errors``."""
 
 

@@ -34,6 +34,7 @@ from flux_lora.lora.merge import MergedModule
 from flux_lora.memory import placement
 from flux_lora.memory.placement import Placement
 from flux_lora.memory.plans import Room
+from flux_lora.pictures import Pictures
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
@@ -137,6 +138,7 @@ def assemble(
             memory=memory,
             transformers=transformers,
             encoders=encoders,
+            pictures=Pictures(sources),
             adapters=adapters,
             prompts=prompts,
             beside=beside,

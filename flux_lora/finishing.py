@@ -9,7 +9,9 @@ from torch import Tensor
 from flux_lora.beside import Beside
 from flux_lora.drawing import safety
 from flux_lora.drawing.image import decode
+from flux_lora.drawing.inpainting import paste
 from flux_lora.drawing.pipeline import Pipeline
+from flux_lora.drawing.source import Given
 from flux_lora.files import outputs
 from flux_lora.files.record import Parameters
 from flux_lora.files.signing import Signer
@@ -30,6 +32,8 @@ class Drawn:
     """Whether the safety checker decides if it may leave."""
     in_strips: bool
     """Whether it is decoded in strips, which takes less memory."""
+    given: Given | None = None
+    """What it was drawn from, of which its mask keeps a part; None: noise alone."""
 
 
 class Finisher:
@@ -56,9 +60,19 @@ class Finisher:
 
     def _finish(self, pipeline: Pipeline, image: Drawn) -> Finished:
         watch, parameters = Stopwatch(), image.parameters
+        source = image.given.source if image.given else None
         with watch.timed("decode"):
             picture = decode(pipeline, image.latents, (parameters.width, parameters.height), image.in_strips)
-        content = self._encoding.submit(outputs.encode, picture, parameters, embed=self._embed, signer=self._signer)
+            if source and source.mask:
+                picture = paste(picture, source.pixels, source.mask)
+        content = self._encoding.submit(
+            outputs.encode,
+            picture,
+            parameters,
+            embed=self._embed,
+            signer=self._signer,
+            source=image.given.image_file if image.given else None,
+        )
         if image.check:
             with watch.timed("safety"):
                 verdict = safety.judge(self.checker, picture)

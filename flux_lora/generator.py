@@ -1,4 +1,4 @@
-"""The story: a request -> its adapters merged -> images drawn -> checked -> files."""
+"""The story: a request -> its picture read -> its adapters merged -> images drawn -> checked -> files."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -11,12 +11,14 @@ from torch import Tensor
 from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside, result, succeeded
 from flux_lora.device import devices
-from flux_lora.drawing.image import denoise, image_tokens
+from flux_lora.drawing.image import Start, denoise, encode, image_tokens
 from flux_lora.drawing.pipeline import Pipeline, Pipelines
 from flux_lora.drawing.prompts import Embeddings, PromptEncoder, read_part, unknown_words
+from flux_lora.drawing.schedule import steps_run
+from flux_lora.drawing.source import Given, Pictures
 from flux_lora.errors import SafetyError, WeightsError
 from flux_lora.files import outputs
-from flux_lora.files.record import Environment, Lora, Parameters
+from flux_lora.files.record import Environment, Lora, Parameters, Source
 from flux_lora.finishing import Drawn, Finisher
 from flux_lora.ledger import Finished, Ledger, Log, Record
 from flux_lora.lora.formats.triggers import without_trigger
@@ -39,12 +41,32 @@ class Step:
     step: int
     """Which step of that image, from 1."""
     steps: int
+    """How many are taken: fewer than were asked for where it starts from another image."""
     latents: Tensor
     """(1, h/2·w/2, 4C), packed as tokens; not to be changed."""
 
 
 Observer = Callable[[Step], None]
 """Called after each step; what it raises ends the request and comes out of `Generator.draw`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request, and what it comes to once its picture is read."""
+
+    request: Request
+    given: Given | None
+    """The picture that is seen while drawing; None: it is drawn from noise alone."""
+    size: tuple[int, int]
+    """Of each image, width and height in pixels."""
+    schedule: step_cache.Schedule | None
+    """Of the steps that are extrapolated."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are taken for each image."""
+        asked = self.request.num_inference_steps
+        return steps_run(asked, self.given.source.strength) if self.given else asked
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,7 @@ class Parts:
     """By model: what merges adapters into its transformer."""
     encoders: Mapping[str, MergedModule]
     """By component: what merges adapters into a text encoder."""
+    pictures: Pictures
     adapters: Adapters
     prompts: PromptEncoder
     beside: Beside
@@ -100,20 +123,23 @@ class Generator:
         memory, environment = self.parts.memory, next(iter(self.parts.environments.values()))
         ledger = Ledger(record, self.parts.log)
         images: list[Future[Finished]] = []
+        size = request.size
         graphs = compilation.graphs()
         record("seed", request.seed)
         record("profile", environment.profile)
         record("attention", environment.attention)
         try:
+            task = self._read_picture(request, ledger)
+            size = task.size
             return memory.with_fallback(
-                lambda: self._draw(request, ledger, images, observer), before_retry=lambda: self._clear(images)
+                lambda: self._draw(task, ledger, images, observer), before_retry=lambda: self._clear(images)
             )
         except BaseException:
             self.parts.outputs.discard()
             raise
         finally:
             record("memory_plan", memory.choice.label)
-            ledger.close([image.result() for image in images if succeeded(image)], request.size)
+            ledger.close([image.result() for image in images if succeeded(image)], size)
             for image in images:
                 image.cancel()
             record("recompilations", compilation.graphs() - graphs)
@@ -122,14 +148,28 @@ class Generator:
         """Say whether the device still computes: a GPU that has failed once does not."""
         return devices.computes(self.parts.device)
 
+    def _read_picture(self, request: Request, ledger: Ledger) -> Task:
+        """Get the picture that a request starts from, if there is one, and what follows from it."""
+        with ledger.timed("source"):
+            given = self.parts.pictures.read(request, ledger.log)
+        seen = given.seen(request.num_inference_steps) if given else None
+        if given and not seen:
+            ledger.log(
+                f"the image gives the size alone: prompt_strength {given.source.strength:g} runs all "
+                f"{request.num_inference_steps} steps, which begin with noise"
+            )
+        schedule = self.parts.schedule or (step_cache.Schedule() if request.go_fast else None)
+        return Task(request, seen, given.source.pixels.size if given else request.size, schedule)
+
     def _draw(
-        self, request: Request, ledger: Ledger, images: list[Future[Finished]], observer: Observer | None
+        self, task: Task, ledger: Ledger, images: list[Future[Finished]], observer: Observer | None
     ) -> list[Path]:
         self._clear(images)  # a request that was cancelled may have left something
+        request = task.request
         parts, pipeline = self.parts, self._pipeline(request.model)
         directory = parts.outputs.start()
         overlap = parts.memory.choice.plan.overlap
-        self._announce(request, ledger)
+        self._announce(task, ledger)
 
         # 1. The adapters, merged into what this request uses: first into what reads the prompt.
         with ledger.timed("adapter"):
@@ -151,18 +191,23 @@ class Generator:
             embeddings = result(reading)
             parts.memory.after_encoding()
 
-        # 3. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
-        reused = 0
+        # 3. The picture that all images start from, if there is one, as latents.
+        with ledger.timed("source"):
+            start = encode(pipeline, task.given.source, parts.memory.choice.strips) if task.given else None
+
+        # 4. Each image by itself; while one is denoised, the one before is decoded, checked and saved.
+        all_reused = 0
         for index, seed in enumerate(request.seeds):
-            latents, computed = self._denoise(pipeline, embeddings, request, index, ledger, observer)
-            reused += request.num_inference_steps - computed
-            ledger.record("reused_steps", reused)
+            latents, reused = self._denoise(pipeline, embeddings, start, task, index, ledger, observer)
+            all_reused += reused
+            ledger.record("reused_steps", all_reused)
             drawn = Drawn(
                 latents,
-                self._parameters(request, seed, adapters),
+                self._parameters(task, seed, adapters, reused),
                 directory / outputs.file_name(index, seed, request.output_format),
                 check=not request.disable_safety_checker,
                 in_strips=parts.memory.choice.strips,
+                given=task.given,
             )
             images.append(parts.finisher.submit(pipeline, drawn))
             for image in images:
@@ -171,7 +216,7 @@ class Generator:
             if not overlap:
                 result(images[-1])
 
-        # 4. The files, in the order of the seeds.
+        # 5. The files, in the order of the seeds.
         paths = [image.path for image in map(result, images) if image.path]
         if not paths:
             raise SafetyError(
@@ -194,19 +239,20 @@ class Generator:
             )
         return self.parts.pipelines[model]
 
-    def _announce(self, request: Request, ledger: Ledger) -> None:
-        width, height = request.size
+    def _announce(self, task: Task, ledger: Ledger) -> None:
+        request, (width, height) = task.request, task.size
+        steps = f"{task.steps} of {request.num_inference_steps}" if task.given else str(task.steps)
         ledger.log(f"seed: {request.seed}")
-        ledger.log(
-            f"size: {width}×{height}, {request.num_outputs} × {request.model}, {request.num_inference_steps} steps"
-        )
+        ledger.log(f"size: {width}×{height}, {request.num_outputs} × {request.model}, {steps} steps")
+        if request.go_fast and task.schedule and not task.schedule.reused(task.steps):
+            ledger.log(f"go_fast has no effect: {task.steps} steps are too few to reuse any")
         for note in request.notes:
             ledger.log(note)
         if (known := self.parts.known_words) and (strange := unknown_words(request.prompt, known)):
             ledger.log(f"this model knows {len(known)} words, in small letters, and not: {strange}")
         if request.model == "dev" and not self._has_guidance("dev"):
             ledger.log("guidance_scale is ignored: the dev model of this server has no guidance input")
-        tokens = image_tokens(self.parts.pipelines[request.model], request.size)
+        tokens = image_tokens(self.parts.pipelines[request.model], task.size)
         if tokens < FEW_TOKENS:
             ledger.log(
                 f"this model sees {width}×{height} as {tokens} patches, too few to show much: ask for about a megapixel"
@@ -226,39 +272,43 @@ class Generator:
         self,
         pipeline: Pipeline,
         embeddings: Embeddings,
-        request: Request,
+        start: Start | None,
+        task: Task,
         index: int,
         ledger: Ledger,
         observer: Observer | None,
     ) -> tuple[Tensor, int]:
-        """Draw the latents of one image; returns them, and how many steps were computed."""
-        steps, images, seed = request.num_inference_steps, request.num_outputs, request.seeds[index]
+        """Draw the latents of one image; returns them, and how many steps reused what was computed before."""
+        request, steps = task.request, task.steps
+        images, seed = request.num_outputs, request.seeds[index]
 
         def observe(step: int, latents: Tensor) -> None:
             if observer:
                 observer(Step(index + 1, images, step, steps, latents))
 
-        counting = step_cache.counting(pipeline.transformer, steps, self.parts.schedule)
+        counting = step_cache.counting(pipeline.transformer, steps, task.schedule)
         with ledger.timed("denoise"), counting as computed:
             latents = denoise(
                 pipeline,
                 embeddings,
                 seed,
-                request.size,
-                steps=steps,
+                task.size,
+                steps=request.num_inference_steps,
                 guidance=request.guidance_scale,
                 title=f"image {index + 1}/{images}",
+                start=start,
                 after_step=observe if observer else None,
             )
-        if computed.steps < steps:
-            ledger.log(f"seed {seed}: {steps - computed.steps} of {steps} steps reuse what was computed before")
-        return latents, computed.steps
+        reused = steps - computed.steps
+        if reused:
+            ledger.log(f"seed {seed}: {reused} of {steps} steps reuse what was computed before")
+        return latents, reused
 
     def _has_guidance(self, model: str) -> bool:
         return bool(self.parts.pipelines[model].transformer.config.guidance_embeds)
 
-    def _parameters(self, request: Request, seed: int, adapters: AdapterSet) -> Parameters:
-        width, height = request.size
+    def _parameters(self, task: Task, seed: int, adapters: AdapterSet, reused: int) -> Parameters:
+        request, given, (width, height) = task.request, task.given, task.size
         loras = [
             Lora(digest=adapter.digest, scale=scale, name=adapter.name, data_digest=adapter.data_digest)
             for adapter, scale in adapters
@@ -274,6 +324,15 @@ class Generator:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale if self._has_guidance(request.model) else None,
             loras=tuple(loras),
+            source=given
+            and Source(
+                image=given.image_digest,
+                mask=given.mask_digest,
+                prompt_strength=given.source.strength,
+                megapixels=request.megapixels,
+            ),
+            go_fast=request.go_fast,
+            reused_steps=reused,
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,
             environment=environment.model_copy(update={"memory": self.parts.memory.choice.label}),

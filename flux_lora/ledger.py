@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-STAGES = ("adapter", "text", "denoise", "decode", "safety", "save")
+STAGES = ("source", "adapter", "text", "denoise", "decode", "safety", "save")
 
 Metric = int | float | str | list[int]
 Record = Callable[[str, Metric], None]

@@ -1,23 +1,39 @@
-"""What is asked: the documented inputs, validated and frozen; sizes and seeds follow from them."""
+"""What is asked: the inputs of an interface, validated and frozen; sizes and seeds follow from them."""
 
 import difflib
 import re
 import secrets
-from functools import cache
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from flux_lora.errors import RequestError
+from flux_lora.inputs import (
+    DOCUMENTED,
+    EXTENDED,
+    AspectRatio,
+    Interface,
+    Megapixels,
+    Model,
+    OutputFormat,
+    defaults,
+    schemas,
+)
 
 Wanted = tuple[str | None, float]
 """A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale."""
 
-AspectRatio = Literal["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"]
-Model = Literal["dev", "schnell"]
 MODELS: tuple[Model, ...] = get_args(Model)
-OutputFormat = Literal["webp", "jpg", "png"]
 
 SIZES: dict[AspectRatio, tuple[int, int]] = {
     "1:1": (1024, 1024),
@@ -33,9 +49,6 @@ SIZES: dict[AspectRatio, tuple[int, int]] = {
     "9:21": (640, 1536),
 }
 """Width and height in pixels of every aspect ratio but ``custom``."""
-
-LARGEST_SIDE = 1440
-"""Of a picture of ``custom`` size, in pixels; such a square has the most of them."""
 
 MAX_TEXT_TOKENS: dict[Model, int] = {"dev": 512, "schnell": 256}
 """How many T5 tokens each model was trained to read."""
@@ -80,7 +93,6 @@ def _text_or_none(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Side = Annotated[int, Field(ge=256, le=LARGEST_SIDE), BeforeValidator(_whole)]
 Seed = Annotated[int, BeforeValidator(_seed)]
 Text = Annotated[str, BeforeValidator(_text)]
 OptionalText = Annotated[str | None, BeforeValidator(_text_or_none)]
@@ -89,103 +101,78 @@ OptionalText = Annotated[str | None, BeforeValidator(_text_or_none)]
 class Request(BaseModel):
     """One valid request, with every default filled in and its seed drawn.
 
-    Names, bounds, defaults, titles, descriptions and order are those of the documented interface; what Cog reads in
-    ``predict.py`` and ``openapi.json`` is tested against them. Strict: neither a boolean nor a string is a number.
+    Bounds and defaults are those of the interface that it came through (``flux_lora/inputs.py``); what that interface
+    does not have is as if it had been left out. Strict: neither a boolean nor a string is a number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    prompt: Text = Field(description="Prompt for generated image")
-    aspect_ratio: AspectRatio = Field(
-        default="1:1",
-        title="aspect_ratio",
-        description=(
-            "Aspect ratio for the generated image. The size will always be 1 megapixel, i.e. 1024x1024 if aspect ratio"
-            " is 1:1. To use arbitrary width and height, set aspect ratio to 'custom'."
-        ),
-    )
-    width: Side | None = Field(
-        default=None,
-        description=(
-            "Width of the generated image. Optional, only used when aspect_ratio=custom. Must be a multiple of 16"
-            " (if it's not, it will be rounded to nearest multiple of 16)"
-        ),
-    )
-    height: Side | None = Field(
-        default=None,
-        description=(
-            "Height of the generated image. Optional, only used when aspect_ratio=custom. Must be a multiple of 16"
-            " (if it's not, it will be rounded to nearest multiple of 16)"
-        ),
-    )
-    num_outputs: Whole = Field(default=1, ge=1, le=4, description="Number of images to output.")
-    lora_scale: float = Field(
-        default=1.0,
-        ge=-1,
-        le=2,
-        description="Determines how strongly the LoRA should be applied. Sane results between 0 and 1.",
-    )
-    num_inference_steps: Whole = Field(default=28, ge=1, le=50, description="Number of inference steps")
-    model: Model = Field(
-        default="dev",
-        title="model",
-        description=(
-            "Which model to run inferences with. The dev model needs around 28 steps but the schnell model only needs"
-            " around 4 steps."
-        ),
-    )
-    guidance_scale: float = Field(default=3.5, ge=0, le=10, description="Guidance scale for the diffusion process")
-    seed: Seed = Field(default_factory=_random_seed, description="Random seed. Set for reproducible generation")
-    output_format: OutputFormat = Field(
-        default="webp", title="output_format", description="Format of the output images"
-    )
-    output_quality: Whole = Field(
-        default=80,
-        ge=0,
-        le=100,
-        description=(
-            "Quality when saving the output images, from 0 to 100. 100 is best quality, 0 is lowest quality."
-            " Not relevant for .png outputs"
-        ),
-    )
-    replicate_weights: OptionalText = Field(
-        default=None,
-        description=(
-            "LoRA weights to use instead of the bundled fine-tune: a URL, a hub or registry id, or a path under the"
-            " weights directory. Leave out to use the bundled fine-tune."
-        ),
-    )
-    disable_safety_checker: bool = Field(default=False, description="Disable safety checker for generated images.")
+    prompt: Text
+    aspect_ratio: AspectRatio
+    width: Whole | None
+    height: Whole | None
+    num_outputs: Whole
+    lora_scale: float
+    num_inference_steps: Whole
+    model: Model
+    guidance_scale: float
+    seed: Seed
+    output_format: OutputFormat
+    output_quality: Whole
+    replicate_weights: OptionalText
+    disable_safety_checker: bool
+    # Of the extended interface alone:
+    image: OptionalText
+    mask: OptionalText
+    prompt_strength: float
+    go_fast: bool
+    megapixels: Megapixels
+    extra_lora: OptionalText
+    extra_lora_scale: float
 
     @classmethod
-    def parse(cls, /, **inputs: object) -> Self:
+    def parse(cls, interface: Interface = DOCUMENTED, /, **inputs: object) -> Self:
         """Validate inputs as they arrive from Cog, Python or the command line.
 
         An input that is left out gets its default. A seed that is left out, None or negative is drawn below 2^32; any
         other is taken modulo 2^63.
 
+        Args:
+            interface: whose inputs they are: ``DOCUMENTED`` or ``EXTENDED`` of `flux_lora.inputs`.
+            inputs: by name.
+
         Raises:
             RequestError: the message names every input that is wrong, its value, and what it must be.
         """
-        if unknown := [name for name in inputs if name not in cls.model_fields]:
-            raise RequestError(_not_an_input(unknown[0]))
+        if unknown := [name for name in inputs if name not in interface]:
+            raise RequestError(_not_an_input(unknown[0], interface))
         try:
-            return cls.model_validate(inputs)
+            return cls.model_validate(defaults(EXTENDED) | defaults(interface) | inputs, context=interface)
         except ValidationError as error:
-            problems = [_problem(details) for details in error.errors(include_url=False)]
+            problems = [_problem(details, interface) for details in error.errors(include_url=False)]
             raise RequestError("; ".join(problems) + ".") from None
 
+    @field_validator("*")
+    @classmethod
+    def _is_within_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        given = (info.context or EXTENDED).get(str(info.field_name))
+        if value is not None and given and given.bounds and not given.bounds[0] <= value <= given.bounds[1]:
+            raise PydanticCustomError("out_of_bounds", "is out of bounds")
+        return value
+
     @model_validator(mode="after")
-    def _custom_size_is_complete(self) -> Self:
+    def _inputs_fit_together(self) -> Self:
         missing = [name for name in ("width", "height") if getattr(self, name) is None]
-        if self.aspect_ratio == "custom" and missing:
+        if self.aspect_ratio == "custom" and missing and not self.image:
             raise ValueError(f"aspect_ratio 'custom' needs width and height: give {' and '.join(missing)} too")
+        if self.mask and not self.image:
+            raise ValueError("mask needs image: give the image that it belongs to too")
         return self
 
     _more: tuple[Wanted, ...] = PrivateAttr(default=())
 
     def with_more(self, *adapters: Wanted) -> Self:
-        """The same request with further fine-tunes, for which the documented interface has no input.
+        """The same request with further fine-tunes, for which no interface has an input.
 
         Args:
             adapters: (source, scale) of each; all are merged at once, and their order does not matter.
@@ -197,14 +184,18 @@ class Request(BaseModel):
     @property
     def adapters(self) -> tuple[Wanted, ...]:
         """What is to be merged: the fine-tune of ``replicate_weights`` and ``lora_scale`` first, then any others."""
-        return (self.replicate_weights, self.lora_scale), *self._more
+        extra = ((self.extra_lora, self.extra_lora_scale),) if self.extra_lora else ()
+        return (self.replicate_weights, self.lora_scale), *extra, *self._more
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of each file in pixels."""
-        if self.aspect_ratio != "custom" or self.width is None or self.height is None:
-            return SIZES[self.aspect_ratio]
-        return nearest_multiple(self.width), nearest_multiple(self.height)
+        """Width and height of each file in pixels, unless an image decides them."""
+        width, height = SIZES.get(self.aspect_ratio, (self.width, self.height))
+        if width is None or height is None:  # custom, with an image
+            return SIZES["1:1"]
+        if self.megapixels == "0.25":
+            return nearest_multiple(width, 32) // 2, nearest_multiple(height, 32) // 2
+        return nearest_multiple(width), nearest_multiple(height)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -220,48 +211,45 @@ class Request(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """A sentence for each input that has no effect, or that costs more than it gives."""
         notes = []
-        if self.aspect_ratio != "custom" and (self.width is not None or self.height is not None):
+        sides = self.width is not None or self.height is not None
+        if self.image and (self.aspect_ratio != "1:1" or sides):
+            notes.append("aspect_ratio, width and height are ignored: the image decides the size")
+        elif self.aspect_ratio != "custom" and sides:
             notes.append(f"width and height are ignored: aspect_ratio is {self.aspect_ratio}, not custom")
-        if self.model == "schnell" and self.guidance_scale != self._default("guidance_scale"):
+        if not self.image and not self._is_default("prompt_strength"):
+            notes.append("prompt_strength is ignored: there is no image")
+        if not self.extra_lora and not self._is_default("extra_lora_scale"):
+            notes.append("extra_lora_scale is ignored: there is no extra_lora")
+        if self.model == "schnell" and not self._is_default("guidance_scale"):
             notes.append("guidance_scale is ignored: schnell has no guidance input")
-        if self.model == "schnell" and self.num_inference_steps == self._default("num_inference_steps"):
+        if self.model == "schnell" and self._is_default("num_inference_steps"):
             notes.append(f"schnell needs 4 steps and takes {self.num_inference_steps}: try num_inference_steps=4")
         return tuple(notes)
 
-    @classmethod
-    def _default(cls, name: str) -> object:
-        return cls.model_fields[name].default
+    def _is_default(self, name: str) -> bool:
+        return any(getattr(self, name) == i[name].default for i in (DOCUMENTED, EXTENDED) if name in i)
 
 
-@cache
-def documented_inputs() -> dict[str, dict[str, Any]]:
-    """The JSON schema of each input in the documented order, an optional one simply not being required."""
-    inputs = {}
-    for order, (name, schema) in enumerate(Request.model_json_schema()["properties"].items()):
-        # Pydantic writes X | None as a union with a null default; the interface takes no null.
-        given = {key: value for key, value in schema.items() if key != "anyOf" and (key, value) != ("default", None)}
-        inputs[name] = {**schema.get("anyOf", [{}])[0], **given, "x-order": order}
-    return inputs
-
-
-def _not_an_input(name: str) -> str:
-    close = difflib.get_close_matches(name, documented_inputs(), n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"The inputs are {', '.join(documented_inputs())}."
+def _not_an_input(name: str, interface: Interface) -> str:
+    if name in EXTENDED:
+        return f"{name} is not an input of the documented interface, but of the extended one (--extended)."
+    close = difflib.get_close_matches(name, interface, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"The inputs are {', '.join(interface)}."
     return f"{_shortened(name)} is not an input. {hint}"
 
 
-def _problem(details: ErrorDetails) -> str:
+def _problem(details: ErrorDetails, interface: Interface) -> str:
     name = ".".join(map(str, details["loc"]))
     match details["type"]:
         case "missing":
             return f"{name} is required"
-        case "value_error":  # ours; that of the custom size belongs to no single field
+        case "value_error":  # ours; that of inputs that do not fit together belongs to no single field
             return f"{name} {details['ctx']['error']}".lstrip()
-    return f"{name} must be {_expected(name)}, not {_shortened(details['input'])}"
+    return f"{name} must be {_expected(name, interface)}, not {_shortened(details['input'])}"
 
 
-def _expected(name: str) -> str:
-    schema = documented_inputs()[name]
+def _expected(name: str, interface: Interface) -> str:
+    schema = schemas(interface)[name]
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     kinds = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}

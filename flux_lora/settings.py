@@ -9,7 +9,8 @@ from pydantic import AliasChoices, BeforeValidator, ByteSize, Field, SecretStr, 
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
-from flux_lora.request import MODELS, Model
+from flux_lora.inputs import Model
+from flux_lora.request import MODELS
 
 GIB = 1024**3
 
@@ -108,10 +109,10 @@ class Settings(BaseSettings):
     """Largest LoRA file or archive that is downloaded."""
 
     source_deadline: float = Field(default=300.0, gt=0)
-    """Seconds that fetching the LoRA of one request may take; set-up and the operator's own sources have an hour."""
+    """Seconds for fetching a LoRA or picture of a request; set-up and the operator's own sources have an hour."""
 
     source_rate: int = Field(default=64 * 1024, ge=0)
-    """Bytes per second below which a server is given up that a request's LoRA comes from."""
+    """Bytes per second below which a server is given up that a request's LoRA or picture comes from."""
 
     request_tokens: bool = False
     """Send the operator's tokens for requests, too: whoever may ask then draws with all that the tokens can read."""

@@ -1,4 +1,4 @@
-"""predict.py, the request model, openapi.json and cog.yaml against the documented interface and Cog's own rules."""
+"""Both doors, with their documents, schemas and configurations, against their contracts and Cog's own rules."""
 
 import ast
 import importlib.metadata
@@ -15,23 +15,17 @@ import pytest
 import yaml
 
 from flux_lora.errors import RequestError
+from flux_lora.inputs import schemas
 from flux_lora.ledger import Record
-from flux_lora.request import Request, documented_inputs
-from predict import Predictor
+from flux_lora.request import Request
+from tests.conftest import ROOT
+from tests.interfaces import CONTRACT, DOORS, Door
 
-ROOT = pathlib.Path(__file__).parent.parent
-CONTRACT = ROOT / "tests" / "contract"
+BOTH = pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
 
 
 def load(path: pathlib.Path) -> Any:
     return json.loads(path.read_text())
-
-
-def documented() -> dict[str, dict[str, Any]]:
-    """The thirteen inputs of the contract and ``replicate_weights``, in the order of their slots."""
-    extra = re.findall(r"```json\n(.*?)\n```", (CONTRACT / "README.md").read_text(), re.DOTALL)[0]
-    inputs = load(CONTRACT / "input_schema.json")["properties"] | json.loads(f"{{{extra}}}")
-    return dict(sorted(inputs.items(), key=lambda item: item[1]["x-order"]))
 
 
 def canonical(schema: dict[str, Any]) -> list[tuple[str, str]]:
@@ -40,37 +34,39 @@ def canonical(schema: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, json.dumps(value, sort_keys=True)) for name, value in numbers_alike.items()]
 
 
-OPENAPI = load(ROOT / "openapi.json")
-PREDICT = (ROOT / "predict.py").read_text()
-CONFIG = yaml.safe_load((ROOT / "cog.yaml").read_text())
-
-
-def test_the_request_model_is_the_contract() -> None:
-    assert canonical(documented_inputs()) == canonical(documented())
-    required = [name for name, field in Request.model_fields.items() if field.is_required()]
+@BOTH
+def test_the_inputs_are_those_of_the_contract(door: Door) -> None:
+    assert canonical(schemas(door.interface)) == canonical(door.inputs)
+    required = [name for name, given in door.interface.items() if given.required]
     assert required == load(CONTRACT / "input_schema.json")["required"]
 
 
-def test_openapi_holds_the_contract() -> None:
-    schemas = OPENAPI["components"]["schemas"]
+def test_the_extended_contract_is_read_whole() -> None:
+    assert len(DOORS[1].inputs) == 21
+
+
+@BOTH
+def test_openapi_holds_the_contract(door: Door) -> None:
+    components = load(door.openapi)["components"]["schemas"]
 
     def resolved(schema: dict[str, Any]) -> dict[str, Any]:
-        parts = [schemas[part["$ref"].rpartition("/")[2]] for part in schema.get("allOf", [])]
+        parts = [components[part["$ref"].rpartition("/")[2]] for part in schema.get("allOf", [])]
         own = {key: value for key, value in schema.items() if key != "allOf"}
         return {key: value for part in [*parts, own] for key, value in part.items()}
 
-    inputs = {name: resolved(schema) for name, schema in schemas["Input"]["properties"].items()}
-    assert canonical(inputs) == canonical(documented())
-    assert schemas["Input"] | {"properties": {}} == load(CONTRACT / "input_schema.json") | {"properties": {}}
-    assert schemas["Output"] == load(CONTRACT / "output_schema.json")
+    inputs = {name: resolved(schema) for name, schema in components["Input"]["properties"].items()}
+    assert canonical(inputs) == canonical(door.inputs)
+    assert components["Input"] | {"properties": {}} == load(CONTRACT / "input_schema.json") | {"properties": {}}
+    assert components["Output"] == load(CONTRACT / "output_schema.json")
 
 
-def test_openapi_is_complete() -> None:
-    text = (ROOT / "openapi.json").read_text()
-    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', text))
-    assert references <= OPENAPI["components"]["schemas"].keys()
-    assert OPENAPI["info"]["version"] == importlib.metadata.version("cog")
-    assert {(path, method) for path, operations in OPENAPI["paths"].items() for method in operations} == {
+@BOTH
+def test_openapi_is_complete(door: Door) -> None:
+    document = load(door.openapi)
+    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', door.openapi.read_text()))
+    assert references <= document["components"]["schemas"].keys()
+    assert document["info"]["version"] == importlib.metadata.version("cog")
+    assert {(path, method) for path, operations in document["paths"].items() for method in operations} == {
         ("/", "get"),
         ("/health-check", "get"),
         ("/predictions", "post"),
@@ -79,7 +75,7 @@ def test_openapi_is_complete() -> None:
     }
 
 
-# Cog's reader of predict.py, as strict as its rules: what it would drop or misread in silence fails here.
+# Cog's reader of predictors, as strict as its rules: what it would drop or misread in silence fails here.
 
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 KEYWORDS = {"description": "description", "ge": "minimum", "le": "maximum", "choices": "enum", "default": "default"}
@@ -127,8 +123,14 @@ def literal(node: ast.expr, source: str) -> Any:
     return value
 
 
-def test_predict_reads_as_the_contract() -> None:
-    assert canonical(read_inputs(PREDICT)) == canonical(documented())
+@BOTH
+def test_the_predictor_reads_as_the_contract(door: Door) -> None:
+    """But for files: as such Cog would fetch them itself, from anywhere, so that they are text to it."""
+    as_text = {name: {key: schema[key] for key in schema if key != "format"} for name, schema in door.inputs.items()}
+    assert canonical(read_inputs(door.predictor.read_text())) == canonical(as_text)
+
+
+PREDICT = DOORS[0].predictor.read_text()
 
 
 @pytest.mark.parametrize(
@@ -153,22 +155,25 @@ def test_the_reader_refuses_what_cog_would_drop(plain: str, unreadable: str) -> 
         read_inputs(PREDICT.replace(plain, unreadable, 1))
 
 
-def test_cog_can_import_what_the_annotations_name() -> None:
-    imports = [node for node in ast.parse(PREDICT).body if isinstance(node, ast.ImportFrom)]
+@BOTH
+def test_cog_can_import_what_the_annotations_name(door: Door) -> None:
+    imports = [node for node in ast.parse(door.predictor.read_text()).body if isinstance(node, ast.ImportFrom)]
     names = {(node.module, alias.name) for node in imports for alias in node.names}
     assert {("cog", "BaseRunner"), ("cog", "Input"), ("cog", "Path"), ("typing", "Optional")} <= names
 
 
-def test_cog_yaml_is_valid() -> None:
-    schema = load(CONTRACT / "cog_yaml.schema.json")
-    jsonschema.Draft7Validator(schema).validate(CONFIG)
-    build = CONFIG["build"]
+@BOTH
+def test_cog_yaml_is_valid(door: Door) -> None:
+    schema, config = load(CONTRACT / "cog_yaml.schema.json"), yaml.safe_load(door.config.read_text())
+    jsonschema.Draft7Validator(schema).validate(config)
+    build = config["build"]
     assert build["gpu"] is True
     assert build["cuda"]
     assert (3, 11) <= tuple(map(int, build["python_version"].split("."))) < (3, 14)
     assert (ROOT / build["python_requirements"]).is_file()
     assert build["sdk_version"] == importlib.metadata.version("cog")
-    assert CONFIG["run"] == "predict.py:Predictor"
+    assert config["run"] == f"{door.predictor.name}:Predictor"
+    assert config | {"run": ""} == yaml.safe_load(DOORS[0].config.read_text()) | {"run": ""}
 
 
 def in_image(path: str) -> bool:
@@ -194,6 +199,9 @@ def in_image(path: str) -> bool:
         "predict.py",
         "cog.yaml",
         "openapi.json",
+        "predict_extended.py",
+        "cog.extended.yaml",
+        "openapi.extended.json",
         "requirements.txt",
         "LICENSE",
         "flux_lora/request.py",
@@ -259,14 +267,15 @@ def test_the_image_does_not_hold(path: str) -> None:
     assert not in_image(path)
 
 
-def test_importing_predict_is_quick_and_imports_no_torch() -> None:
-    code = """
+@BOTH
+def test_importing_a_door_is_quick_and_imports_no_torch(door: Door) -> None:
+    code = f"""
 import sys, time
 started = time.perf_counter()
-import predict
+import {door.predictor.stem}
 seconds = time.perf_counter() - started
 import flux_lora.request
-heavy = {"torch", "diffusers", "transformers"} & sys.modules.keys()
+heavy = {{"torch", "diffusers", "transformers"}} & sys.modules.keys()
 print(seconds, *heavy)
 """
     runs = [
@@ -288,6 +297,12 @@ class Drawn:
         return [pathlib.Path("0-seed7.webp"), pathlib.Path("1-seed8.webp")]
 
 
+@pytest.fixture(params=DOORS, ids=lambda door: door.name)
+def door(request: pytest.FixtureRequest) -> Door:
+    param: Door = request.param
+    return param
+
+
 @pytest.fixture
 def drawn() -> Drawn:
     return Drawn()
@@ -299,15 +314,15 @@ def metrics() -> dict[str, Any]:
 
 
 @pytest.fixture
-def predictor(drawn: Drawn, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Predictor:
-    predictor = Predictor()
+def predictor(door: Door, drawn: Drawn, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    predictor = importlib.import_module(door.predictor.stem).Predictor()
     monkeypatch.setattr(predictor, "generator", drawn, raising=False)
     monkeypatch.setattr(predictor, "record_metric", metrics.__setitem__)
     return predictor
 
 
 def test_run_hands_every_input_over_under_its_own_name(
-    predictor: Predictor, drawn: Drawn, metrics: dict[str, Any]
+    door: Door, predictor: Any, drawn: Drawn, metrics: dict[str, Any]
 ) -> None:
     inputs: dict[str, Any] = {
         "prompt": "a croissant",
@@ -325,20 +340,31 @@ def test_run_hands_every_input_over_under_its_own_name(
         "replicate_weights": "style.safetensors",
         "disable_safety_checker": True,
     }
-    assert inputs.keys() == documented().keys()
+    if door.name == "extended":
+        inputs |= {
+            "image": "https://example.com/photo.jpg",
+            "mask": "data:,",
+            "prompt_strength": 0.4,
+            "go_fast": True,
+            "megapixels": "0.25",
+            "extra_lora": "other.safetensors",
+            "extra_lora_scale": -0.5,
+        }
+    assert inputs.keys() == door.inputs.keys()
     files = predictor.run(**inputs)
-    assert drawn.request.model_dump() == inputs
+    given = drawn.request.model_dump()
+    assert {name: given[name] for name in inputs} == inputs
     assert files == [cog.Path("0-seed7.webp"), cog.Path("1-seed8.webp")]
     assert all(isinstance(file, cog.Path) for file in files)
     assert metrics == {"seed": 7}
 
 
-def test_run_from_python_fills_in_the_defaults(predictor: Predictor, drawn: Drawn) -> None:
+def test_run_from_python_fills_in_the_defaults(door: Door, predictor: Any, drawn: Drawn) -> None:
     predictor.run(prompt="a croissant", seed=7)
-    assert drawn.request == Request.parse(prompt="a croissant", seed=7)
+    assert drawn.request == Request.parse(door.interface, prompt="a croissant", seed=7)
 
 
-def test_run_from_python_refuses_like_the_request_model(predictor: Predictor) -> None:
+def test_run_from_python_refuses_like_the_request_model(predictor: Any) -> None:
     with pytest.raises(RequestError, match="prompt is required"):
         predictor.run()
     with pytest.raises(RequestError, match=r"num_outputs must be a whole number from 1 to 4, not 5"):

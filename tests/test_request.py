@@ -1,7 +1,6 @@
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,47 +9,63 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flux_lora.errors import RequestError
+from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface
 from flux_lora.request import SIZES, Request, nearest_multiple
+from tests.interfaces import CONTRACT, DOORS, Door
 
-CONTRACT = Path(__file__).parent / "contract"
-DOCUMENTED = json.loads((CONTRACT / "input_schema.json").read_text())["properties"]
-BOUNDED = {name: schema for name, schema in DOCUMENTED.items() if "minimum" in schema}
-CHOICES = {name: schema["enum"] for name, schema in DOCUMENTED.items() if "enum" in schema}
-INTEGERS = [name for name, schema in DOCUMENTED.items() if schema["type"] == "integer"]
-NUMBERS = [name for name, schema in DOCUMENTED.items() if schema["type"] == "number"]
+SCHEMAS = DOORS[1].inputs
+INTEGERS = [name for name, schema in SCHEMAS.items() if schema["type"] == "integer"]
+NUMBERS = [name for name, schema in SCHEMAS.items() if schema["type"] == "number"]
+TEXTS = [name for name, schema in SCHEMAS.items() if schema["type"] == "string" and "enum" not in schema]
+CHOICES = [(door, name, schema["enum"]) for door in DOORS for name, schema in door.inputs.items() if "enum" in schema]
+BOUNDED = [
+    (door, name, (schema["minimum"], schema["maximum"]))
+    for door in DOORS
+    for name, schema in door.inputs.items()
+    if "minimum" in schema
+]
 
 
-def parse(**inputs: object) -> Request:
-    return Request.parse(**{"prompt": "a croissant", **inputs})
+def parse(interface: Interface = DOCUMENTED, /, **inputs: object) -> Request:
+    return Request.parse(interface, **{"prompt": "a croissant", **inputs})
 
 
-def refusal(**inputs: object) -> str:
+def refusal(interface: Interface = DOCUMENTED, /, **inputs: object) -> str:
     with pytest.raises(RequestError) as caught:
-        parse(**inputs)
+        parse(interface, **inputs)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", BOUNDED)
-@pytest.mark.parametrize("bound", ["minimum", "maximum"])
-def test_bounds_are_inclusive_and_named(name: str, bound: str) -> None:
-    limit = BOUNDED[name][bound]
-    assert getattr(parse(**{name: limit}), name) == limit
-    outward = -math.inf if bound == "minimum" else math.inf
+@pytest.mark.parametrize(("door", "name", "bounds"), BOUNDED)
+@pytest.mark.parametrize("end", [0, 1])
+def test_bounds_are_inclusive_and_named(door: Door, name: str, bounds: tuple[float, float], end: int) -> None:
+    limit = bounds[end]
+    assert getattr(parse(door.interface, **{name: limit}), name) == limit
+    outward = (-math.inf, math.inf)[end]
     outside = limit + int(math.copysign(1, outward)) if name in INTEGERS else math.nextafter(limit, outward)
-    message = refusal(**{name: outside})
+    message = refusal(door.interface, **{name: outside})
     assert message.startswith(f"{name} must be ")
-    assert f" from {BOUNDED[name]['minimum']} to {BOUNDED[name]['maximum']}, not {outside}" in message
+    assert f" from {bounds[0]} to {bounds[1]}, not {outside}" in message
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in CHOICES.items() for value in values])
-def test_every_choice_is_taken(name: str, value: object) -> None:
-    assert getattr(parse(**{name: value}, width=300, height=300), name) == value
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_left_out_is_the_documented_default(door: Door) -> None:
+    request = parse(door.interface)
+    for name, schema in door.inputs.items():
+        if name not in ("prompt", "seed"):
+            assert getattr(request, name) == schema.get("default")
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("door", "name", "choices"), CHOICES)
+def test_every_choice_is_taken(door: Door, name: str, choices: list[str]) -> None:
+    for value in choices:
+        assert getattr(parse(door.interface, **{name: value}, width=300, height=300), name) == value
+
+
+@pytest.mark.parametrize(("door", "name", "choices"), CHOICES)
 @pytest.mark.parametrize("value", ["pro", "DEV", "", 1, None, ["dev"], "\ud800"])
-def test_another_choice_is_refused(name: str, value: object) -> None:
-    assert refusal(**{name: value}) == f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}."
+def test_another_choice_is_refused(door: Door, name: str, choices: list[str], value: object) -> None:
+    assert refusal(door.interface, **{name: value}) == f"{name} must be one of {', '.join(choices)}, not {value!r}."
 
 
 @pytest.mark.parametrize(
@@ -59,20 +74,20 @@ def test_another_choice_is_refused(name: str, value: object) -> None:
         (INTEGERS, [True, "7", b"7", 7.5, math.nan, math.inf, -math.inf, [7], 1 + 0j]),
         (NUMBERS, [True, "1", None, math.nan, math.inf, -math.inf, [1], 10**400]),
         (["prompt"], [5, None, b"text", ["text"], True]),
-        (["replicate_weights"], [0, 5, b"text", False]),
-        (["disable_safety_checker"], [0, 1, "true", None, 1.0]),
+        (["replicate_weights", "extra_lora", "image", "mask"], [0, 5, b"text", False]),
+        (["disable_safety_checker", "go_fast"], [0, 1, "true", None, 1.0]),
         (["num_outputs", "num_inference_steps", "output_quality"], [None]),
     ],
 )
 def test_a_wrong_type_is_refused_by_name(names: list[str], values: list[object]) -> None:
     for name in names:
         for value in values:
-            assert refusal(**{name: value}).startswith(f"{name} must be ")
+            assert refusal(EXTENDED, **{name: value}).startswith(f"{name} must be ")
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_an_integer_may_arrive_as_a_float(name: str) -> None:
-    value = DOCUMENTED[name].get("maximum", 7)
+    value = SCHEMAS[name].get("maximum", 7)
     taken = getattr(parse(**{name: float(value)}), name)
     assert taken == value
     assert type(taken) is int
@@ -80,7 +95,7 @@ def test_an_integer_may_arrive_as_a_float(name: str) -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_may_arrive_as_an_integer(name: str) -> None:
-    assert type(getattr(parse(**{name: 1}), name)) is float
+    assert type(getattr(parse(EXTENDED, **{name: 1}), name)) is float
 
 
 def test_optional_inputs_may_be_none() -> None:
@@ -93,16 +108,18 @@ def test_any_valid_text_is_a_prompt(prompt: str) -> None:
     assert parse(prompt=prompt).prompt == prompt
 
 
-@pytest.mark.parametrize("name", ["prompt", "replicate_weights"])
+@pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("code", [0, 0xD800, 0xDBFF, 0xDC00, 0xDFFF])
 @pytest.mark.parametrize("index", [0, 1, 99_999])
 def test_nul_and_lone_surrogates_are_refused(name: str, code: int, index: int) -> None:
     text = "x" * index + chr(code) + "y"
-    assert refusal(**{name: text}).startswith(f"{name} holds {chr(code)!r} at index {index},")
+    assert refusal(EXTENDED, **{name: text}).startswith(f"{name} holds {chr(code)!r} at index {index},")
 
 
 def test_empty_replicate_weights_are_left_out() -> None:
     assert parse(replicate_weights="").replicate_weights is None
+    request = parse(EXTENDED, image="", mask="", extra_lora="")
+    assert (request.image, request.mask, request.extra_lora) == (None, None, None)
 
 
 def test_a_missing_prompt_is_named() -> None:
@@ -171,7 +188,7 @@ def test_sizes_are_those_of_the_contract() -> None:
     )
     sizes = {ratio: (int(width), int(height)) for ratio, width, height in re.findall(r"(\d+:\d+) (\d+)×(\d+)", row)}
     assert sizes == SIZES
-    assert [*sizes, "custom"] == CHOICES["aspect_ratio"]
+    assert [*sizes, "custom"] == SCHEMAS["aspect_ratio"]["enum"]
     for ratio, size in sizes.items():
         assert parse(aspect_ratio=ratio, width=256, height=256).size == size
 
@@ -215,7 +232,7 @@ def test_each_model_reads_its_number_of_tokens(model: str, tokens: int) -> None:
 
 def test_a_request_is_frozen_and_survives_a_round_trip() -> None:
     request = parse(seed=1e23, width=300.0, replicate_weights="", lora_scale=1)
-    assert Request.parse(**json.loads(json.dumps(request.model_dump()))) == request
+    assert Request.parse(EXTENDED, **json.loads(json.dumps(request.model_dump()))) == request
     with pytest.raises(ValidationError, match="frozen"):
         request.seed = 1  # type: ignore[misc]  # mypy knows it too
 
@@ -240,3 +257,57 @@ def test_further_fine_tunes_are_no_documented_input() -> None:
     assert wider.model_dump() == request.model_dump()
     for name in ("_more", "more", "adapters"):
         assert f"{name!r} is not an input" in refusal(**{name: ()})
+
+
+# The extended interface
+
+
+@pytest.mark.parametrize("name", sorted(EXTENDED.keys() - DOCUMENTED.keys()))
+def test_what_is_extended_is_no_documented_input(name: str) -> None:
+    assert refusal(**{name: None}).startswith(f"{name} is not an input of the documented interface")
+
+
+@pytest.mark.parametrize("ratio", SIZES)
+def test_a_quarter_of_a_megapixel_has_the_same_ratio(ratio: str) -> None:
+    width, height = parse(EXTENDED, aspect_ratio=ratio, megapixels="0.25").size
+    assert (2 * width, 2 * height) == parse(EXTENDED, aspect_ratio=ratio).size
+    assert width % 16 == height % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("side", "half"), [(256, 128), (1440, 720), (1000, 496), (1008, 512), (1007, 496), (1009, 512)]
+)
+def test_custom_sides_are_halved(side: int, half: int) -> None:
+    asked = {"aspect_ratio": "custom", "megapixels": "0.25"}
+    assert parse(EXTENDED, width=side, height=1024, **asked).size == (half, 512)
+    assert parse(EXTENDED, width=1024, height=side, **asked).size == (512, half)
+
+
+def test_a_mask_needs_an_image() -> None:
+    assert refusal(EXTENDED, mask="data:,x") == "mask needs image: give the image that it belongs to too."
+    assert parse(EXTENDED, mask="data:,x", image="data:,y").mask == "data:,x"
+
+
+def test_an_image_decides_the_size() -> None:
+    request = parse(EXTENDED, image="data:,x", aspect_ratio="custom", width=300)
+    assert request.notes == ("aspect_ratio, width and height are ignored: the image decides the size",)
+    assert parse(EXTENDED, image="data:,x", prompt_strength=0.3).notes == ()
+
+
+def test_what_needs_another_input_is_noted() -> None:
+    notes = parse(EXTENDED, prompt_strength=0.5, extra_lora_scale=0.5).notes
+    assert notes == (
+        "prompt_strength is ignored: there is no image",
+        "extra_lora_scale is ignored: there is no extra_lora",
+    )
+    assert parse(EXTENDED).notes == ()
+    assert parse(EXTENDED, model="schnell", num_inference_steps=4).notes == ()
+    assert parse(EXTENDED, model="schnell", num_inference_steps=4, guidance_scale=2).notes
+
+
+def test_two_fine_tunes_are_asked_for() -> None:
+    asked = {"replicate_weights": "owner/name", "lora_scale": 3, "extra_lora": "a.safetensors", "extra_lora_scale": -1}
+    assert parse(EXTENDED, **asked).adapters == (("owner/name", 3.0), ("a.safetensors", -1.0))
+    assert parse(EXTENDED, extra_lora="a.safetensors").adapters == ((None, 1.0), ("a.safetensors", 1.0))
+    wider = parse(EXTENDED, extra_lora="a.safetensors").with_more(("b.safetensors", 0.5))
+    assert [source for source, _ in wider.adapters] == [None, "a.safetensors", "b.safetensors"]

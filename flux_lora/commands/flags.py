@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flux_lora.errors import RequestError
-from flux_lora.request import documented_inputs
+from flux_lora.inputs import EXTENDED, Interface, schemas
+
+FILES = ("image", "mask", "replicate_weights", "extra_lora")
+"""Inputs whose value may be a file of the caller's: ``-i image=@photo.jpg``."""
 
 
 def read(flags: Iterable[str]) -> dict[str, Any]:
@@ -46,10 +49,11 @@ def read_json(text: str) -> dict[str, Any]:
     return inputs
 
 
-def described() -> Iterator[str]:
+def described(interface: Interface) -> Iterator[str]:
     """A line about each input, for ``--help``."""
-    for name, schema in documented_inputs().items():
-        choices = "|".join(schema["enum"]) if "enum" in schema else schema["type"]
+    for name, schema in schemas(interface).items():
+        kind = "@FILE|address" if "format" in schema else schema["type"]
+        choices = "|".join(schema["enum"]) if "enum" in schema else kind
         bounds = f" {schema['minimum']}…{schema['maximum']}" if "minimum" in schema else ""
         default = f", default {schema['default']}" if "default" in schema else ""
         yield f"  {name:24}{choices}{bounds}{default}\n"
@@ -65,15 +69,18 @@ def _once(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
 
 
 def _flag(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE as the input's documented type; what cannot be read is left for the request model to refuse."""
+    """Read NAME=VALUE as the input's type, which is the same in all interfaces.
+
+    What cannot be read is left for the request model to refuse.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise RequestError(f"-i {text} is not of the form name=value.")
     if len(value) > 1 and value[0] == value[-1] == '"':
         value = value[1:-1]
-    kind = documented_inputs().get(name, {}).get("type")
-    if name == "replicate_weights" and value.startswith("@"):
-        return name, _data_uri(value[1:])
+    kind = EXTENDED[name].type if name in EXTENDED else None
+    if name in FILES and value.startswith("@"):
+        return name, data_uri(name, value[1:])
     if kind == "boolean":
         return name, {"true": True, "false": False}.get(value.lower(), value)
     if kind in ("integer", "number"):
@@ -85,9 +92,14 @@ def _flag(text: str) -> tuple[str, Any]:
     return name, value
 
 
-def _data_uri(path: str) -> str:
+def data_uri(name: str, path: str | Path) -> str:
+    """A file as the value of an input.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
     try:
         content = Path(path).expanduser().read_bytes()
     except (OSError, RuntimeError) as error:
-        raise RequestError(f"replicate_weights: {error}.") from None
+        raise RequestError(f"{name}: {error}.") from None
     return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"

@@ -17,8 +17,13 @@ def of_operator(source: str, weights: Path | None = None) -> str:
     return source
 
 
-def of_request(source: str, weights: Path) -> str:
+def of_request(source: str, weights: Path, name: str = "replicate_weights") -> str:
     """A request's source, which names files from the weights directory: here also from where one stands, if below it.
+
+    Args:
+        source: as it is given.
+        weights: the directory.
+        name: of the input, for messages.
 
     Raises:
         RequestError: it is a path that leads elsewhere, or a folder that does not hold exactly one LoRA.
@@ -36,9 +41,9 @@ def of_request(source: str, weights: Path) -> str:
         if not is_path(source):
             return source  # an id, by whose name there happens to be a folder
         raise RequestError(
-            f"replicate_weights: {path} is not in {weights}. Name it with --lora, or put it into {weights / 'loras'}."
+            f"{name}: {path} is not in {weights}. Name it with --lora, or put it into {weights / 'loras'}."
         )
     try:
         return str(only_lora(path) if path.is_dir() else path)
     except SourceError as error:
-        raise RequestError(f"replicate_weights: {source} cannot be used: {error}.") from None
+        raise RequestError(f"{name}: {source} cannot be used: {error}.") from None

@@ -15,6 +15,7 @@ from flux_lora import rules
 from flux_lora.commands import desktop, drawing_settings, flags, paths
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
+from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface
 from flux_lora.request import MODELS, Request
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
@@ -29,12 +30,14 @@ examples:
   echo '{"prompt": "a tomato", "seed": 7}' | scripts/predict --json -
   scripts/predict -i prompt="a photo of TOK" --lora ~/training/my-lora
   scripts/predict --from outputs/0001-seed7.webp
+  scripts/predict --extended -i prompt="a pear" -i image=@tomato.webp -i prompt_strength=0.6
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict once: paths, or JSON with ``--json``, go to standard output, and log and progress to standard error."""
-    parser = _parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(EXTENDED if "--extended" in words else DOCUMENTED)
     options = parser.parse_args(arguments)
     if options.json is not None and options.input:
         parser.error("give the inputs with -i or with --json, not both")
@@ -58,8 +61,9 @@ def _predict(options: argparse.Namespace) -> int:
     if options.source:
         source = provenance.read(options.source)
         original = options.source.read_bytes()
-        inputs = redraw.inputs_of(source) | inputs
-    request = Request.parse(**inputs)  # bad input, and no place for the output, are refused before anything is loaded
+        inputs = redraw.inputs_of(source, options.interface) | inputs
+    # Bad input, and no place for the output, are refused before anything is loaded.
+    request = Request.parse(options.interface, **inputs)
     _require_place(options.output or OUTPUTS / "picture")
     settings = drawing_settings()
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
@@ -70,15 +74,21 @@ def _predict(options: argparse.Namespace) -> int:
         settings = settings.model_copy(
             update={"cog_weights": _operators_lora(options.lora[0], request, sources, settings)}
         )
-    if request.replicate_weights:
-        named = paths.of_request(request.replicate_weights, settings.weights)
-        sources.check(named, root=settings.weights)
-        request = request.model_copy(update={"replicate_weights": named})
+    for name in ("replicate_weights", "extra_lora"):
+        if lora := getattr(request, name):
+            named = paths.of_request(lora, settings.weights, name)
+            sources.check(named, root=settings.weights)
+            request = request.model_copy(update={name: named})
     fine_tune = settings.cog_weights
+    if source:
+        from flux_lora.pictures import Pictures  # as late as assembly, below
+
+        redraw.check_files(source, Pictures(sources).files(request))
     if source and not options.lora and not request.replicate_weights:
-        fine_tune = None
-        for lora in source.loras:
-            fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, sources, settings)))
+        loras = [redraw.find_lora(lora.digest, _loras(lora.digest, sources, settings)) for lora in source.loras]
+        fine_tune = str(loras[0]) if loras else None
+        if loras[1:] and not request.extra_lora:
+            request = request.model_copy(update={"extra_lora": flags.data_uri("extra_lora", loras[1])})
     metrics: dict[str, Any] = {}
 
     from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch
@@ -123,14 +133,22 @@ def _loras(digest: str, sources: Sources, settings: Settings) -> Iterator[Path]:
             yield path
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(interface: Interface) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description="Draw pictures with the model in the weights directory (FLUX_WEIGHTS, default: weights).",
-        epilog=f"inputs:\n{''.join(flags.described())}\n{EXAMPLES}",
+        epilog=f"inputs:\n{''.join(flags.described(interface))}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-i", "--input", action="append", metavar="NAME=VALUE", default=[], help="an input; repeatable")
+    parser.add_argument(
+        "--extended",
+        dest="interface",
+        action="store_const",
+        const=EXTENDED,
+        default=DOCUMENTED,
+        help="take the extended inputs; with --help: say which",
+    )
     parser.add_argument("--json", metavar="JSON", help="all inputs as JSON: @FILE, - or @- for standard input, or text")
     parser.add_argument(
         "--lora",

@@ -13,7 +13,7 @@ from flux_lora.wording import complain, printable
 
 SOURCE_TYPES = {
     xmp.AI_GENERATED: "made by a model",
-    signing.AI_EDITED: "made by a model of another picture",
+    xmp.AI_EDITED: "made by a model of another picture",
 }
 """The marks of IPTC's vocabulary that our own pictures carry."""
 
@@ -66,7 +66,11 @@ def _show(path: Path) -> bool:
 def _facts(parameters: Parameters) -> Iterator[tuple[str, str]]:
     yield "prompt", parameters.prompt
     guidance = "" if parameters.guidance_scale is None else f", guidance {parameters.guidance_scale:g}"
-    yield "model", f"FLUX.1 {parameters.model}, {parameters.num_inference_steps} steps{guidance}"
+    reused = f", {parameters.reused_steps} of them reused" if parameters.reused_steps else ""
+    yield "model", f"FLUX.1 {parameters.model}, {parameters.num_inference_steps} steps{reused}{guidance}"
+    if source := parameters.source:
+        mask = f", within the mask of SHA-256 {source.mask}" if source.mask else ""
+        yield "source", f"image of SHA-256 {source.image}{mask}, prompt_strength {source.prompt_strength:g}"
     yield "seed", str(parameters.seed)
     for lora in parameters.loras:
         yield "LoRA", _lora(lora)

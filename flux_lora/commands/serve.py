@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from flux_lora.commands import PROJECT, drawing_settings, environment_for
@@ -23,6 +24,11 @@ NOT_ALONE = (
     "This is Cog's own server, for callers who are trusted: whoever reaches it can end it, read a running prediction "
     "by its id, and have it post to any address. For others put a gateway in front: docs/operating.md."
 )
+
+
+DOCUMENTED = (PROJECT / "predict.py", PROJECT / "openapi.json")
+EXTENDED = (PROJECT / "predict_extended.py", PROJECT / "openapi.extended.json")
+"""The doors: the file that holds the ``Predictor``, and its OpenAPI document."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = drawing_settings()
         if not ipaddress.ip_address(host.strip("[]")).is_loopback:
             complain(NOT_ALONE)
-        while lost := _serve(host, options.port, options.upload_url, environment_for(settings), stop):
+        door = EXTENDED if options.extended else DOCUMENTED
+        while lost := _serve(door, host, options.port, options.upload_url, environment_for(settings), stop):
             complain(f"Cog has lost its only slot and would never draw again, so it is started again: {lost}.")
     except FluxLoraError as error:
         complain(f"error: {error}")
@@ -51,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="scripts/serve",
         description="Serve the model in the weights directory (FLUX_WEIGHTS, default: weights) over HTTP, as Cog does.",
     )
+    parser.add_argument("--extended", action="store_true", help="take the extended inputs: docs/inputs.md")
     parser.add_argument("--port", type=_port, default=5000, help="default: %(default)s")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"
@@ -97,13 +105,20 @@ def _listen_address(host: str, port: int) -> str:
     return f"[{address[0]}]" if family == socket.AF_INET6 else str(address[0])
 
 
-def _serve(host: str, port: int, upload_url: str | None, settings: Mapping[str, str], stop: threading.Event) -> str:
+def _serve(
+    door: tuple[Path, Path],
+    host: str,
+    port: int,
+    upload_url: str | None,
+    settings: Mapping[str, str],
+    stop: threading.Event,
+) -> str:
     """Run Cog's server until it is told to stop, or has to be started again: then return why.
 
     Raises:
         ServerError: set-up failed, or the server or its worker died.
     """
-    server = process.start(PROJECT / "predict.py", PROJECT / "openapi.json", host, port, upload_url, settings)
+    server = process.start(*door, host, port, upload_url, settings)
     slot, ending = log.Slot(), threading.Event()
     reader = threading.Thread(target=log.show, args=(server.process.stdout, slot, ending))
     reader.start()

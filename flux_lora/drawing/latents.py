@@ -4,6 +4,7 @@ FLUX.1's transformer sees a latent (1, C, h, w) as (1, h/2·w/2, 4C): one token 
 (https://github.com/black-forest-labs/flux, ``sampling.py``).
 """
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,6 +37,14 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def drawable(size: int, grid: int) -> int:
     """The smallest multiple of ``grid`` pixels that holds ``size``; ``size`` itself where the grid divides it."""
     return -(-size // grid) * grid
+
+
+def extend(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An image in whose centre is the given one, with its edges repeated outwards: the inverse of `crop_centre`."""
+    left, top = (width - image.width) // 2, (height - image.height) // 2
+    sides = [(top, height - image.height - top), (left, width - image.width - left)]
+    array = np.asarray(image)
+    return Image.fromarray(np.pad(array, sides + [(0, 0)] * (array.ndim - 2), mode="edge"))
 
 
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:

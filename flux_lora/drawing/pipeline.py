@@ -45,6 +45,9 @@ class Autoencoder(Protocol):
     def config(self) -> AutoencoderConfig:
         """What it was built by."""
 
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Turn images into latents, or a distribution of them; with ``return_dict=False`` as a tuple's first item."""
+
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """Turn latents into pixels; with ``return_dict=False`` a tuple whose first item they are."""
 
@@ -73,6 +76,9 @@ class Tokenizer(Protocol):
 
 class ImageProcessor(Protocol):
     """diffusers' VaeImageProcessor."""
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turn an image whose sides the model can draw into pixels (1, 3, H, W) in −1…1."""
 
     def postprocess(self, image: Tensor) -> list[Image.Image]:
         """Turn pixels (B, 3, H, W) in −1…1 into images."""
@@ -118,6 +124,10 @@ class Pipeline(PromptReader, Protocol):
         """An `Autoencoder` that is also a module."""
 
     @property
+    def scheduler(self) -> Any:
+        """A FlowMatchEulerDiscreteScheduler."""
+
+    @property
     def image_processor(self) -> ImageProcessor:
         """What turns the VAE's pixels into images."""
 
@@ -133,12 +143,12 @@ class Pipeline(PromptReader, Protocol):
         latents: Tensor,
         height: int,
         width: int,
-        num_inference_steps: int,
+        sigmas: Sequence[float],
         guidance_scale: float,
         output_type: str,
         callback_on_step_end: AfterStep,
     ) -> PipelineOutput:
-        """Denoise."""
+        """Denoise in a step for each of ``sigmas``, the noise levels with which they begin, before they are shifted."""
 
 
 Pipelines = Mapping[str, Pipeline]

@@ -1,4 +1,4 @@
-"""Decoding with half of the memory: the last blocks of the VAE's decoder strip by strip, without seams.
+"""Decoding and encoding with half of the memory: the VAE's blocks strip by strip, without seams.
 
 Tiles that are decoded by themselves and blended, as diffusers does it, have seams, since each is normalized by its own
 statistics. Here each layer is computed for the whole image before the next one; only its temporary tensors are of
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
-BLOCKS = "UpDecoderBlock2D"
-"""What the decoder of diffusers' AutoencoderKL is made of."""
+BLOCKS = {"decoder": ("up_blocks", "UpDecoderBlock2D"), "encoder": ("down_blocks", "DownEncoderBlock2D")}
+"""What the halves of diffusers' AutoencoderKL are made of."""
 
 STRIP_ROWS = 32
 """Rows that are computed at a time."""
@@ -25,10 +25,10 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
     A VAE of another build than FLUX.1's decodes whole.
     """
-    decoder = getattr(vae, "decoder", None)
-    if decoder is None or {type(block).__name__ for block in getattr(decoder, "up_blocks", ())} != {BLOCKS}:
+    if not _is_known(vae, "decoder"):
         pixels: Tensor = vae.decode(latents, return_dict=False)[0]
         return pixels
+    decoder = vae.decoder
     if getattr(vae, "post_quant_conv", None) is not None:
         latents = vae.post_quant_conv(latents)
     hidden = decoder.mid_block(decoder.conv_in(latents))
@@ -38,6 +38,36 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
         for upsampler in block.upsamplers or ():
             hidden = _doubled(upsampler, hidden)
     return _convolved(decoder.conv_out, hidden, decoder.conv_norm_out)
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """The latents (1, C, H/8, W/8) of pixels in −1…1, as the mean of what ``vae.encode`` gives, up to rounding.
+
+    A VAE of another build than FLUX.1's encodes whole.
+    """
+    if not _is_known(vae, "encoder"):
+        return mean(vae.encode(pixels, return_dict=False)[0])
+    encoder = vae.encoder
+    hidden = _convolved(encoder.conv_in, pixels, None)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            hidden = _residual(resnet, hidden)
+        for downsampler in block.downsamplers or ():
+            hidden = _halved(downsampler.conv, hidden)
+    moments = _convolved(encoder.conv_out, encoder.mid_block(hidden), encoder.conv_norm_out)
+    if getattr(vae, "quant_conv", None) is not None:
+        moments = vae.quant_conv(moments)
+    return moments.chunk(2, dim=1)[0]
+
+
+def mean(encoded: Any) -> Tensor:
+    """What a VAE has encoded: latents, or the mean of a distribution of them."""
+    return encoded if isinstance(encoded, Tensor) else encoded.mode()
+
+
+def _is_known(vae: Any, half: str) -> bool:
+    blocks, kind = BLOCKS[half]
+    return {type(block).__name__ for block in getattr(getattr(vae, half, None), blocks, ())} == {kind}
 
 
 def _residual(block: Any, hidden: Tensor) -> Tensor:
@@ -58,6 +88,18 @@ def _residual(block: Any, hidden: Tensor) -> Tensor:
 def _doubled(upsampler: Any, hidden: Tensor) -> Tensor:
     """Twice as many rows and columns, then a convolution."""
     return _convolved(upsampler.conv, hidden, None, scale=2)
+
+
+def _halved(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """Half as many rows and columns, by a 3×3 convolution of stride 2 that reads one row and column beyond the end."""
+    rows, columns = hidden.shape[2] // 2, hidden.shape[3] // 2
+    out = hidden.new_empty(1, conv.out_channels, rows, columns)
+    for start in range(0, rows, STRIP_ROWS):
+        stop = min(start + STRIP_ROWS, rows)
+        read = hidden[:, :, 2 * start : 2 * stop + 1]
+        beyond = 2 * (stop - start) + 1 - read.shape[2]
+        out[:, :, start:stop] = F.conv2d(F.pad(read, (0, 1, 0, beyond)), conv.weight, conv.bias, stride=2)
+    return out
 
 
 def _convolved(conv: nn.Conv2d, hidden: Tensor, norm: nn.GroupNorm | None, scale: int = 1) -> Tensor:

@@ -16,7 +16,7 @@ from flux_lora.errors import OutputError
 from flux_lora.files import provenance
 from flux_lora.files.record import Parameters
 from flux_lora.files.signing import Signer
-from flux_lora.request import OutputFormat
+from flux_lora.inputs import OutputFormat
 
 FULL_CHROMA_QUALITY = 90
 """JPEG quality from which colour keeps its full resolution (4:4:4), as in ImageMagick."""
@@ -70,25 +70,25 @@ def encode(
     Args:
         image: its size is the file's.
         parameters: give format and quality, and go into the file.
-        embed: False leaves all of them out; the mark that the image is AI-generated is always written.
+        embed: False leaves all of them out; the mark that the image is AI-generated, or made of another by AI, is
+            always written.
         signer: adds content credentials.
         source: the image that this one was made of, as the caller gave it; only a signer looks at it.
 
     Raises:
         OutputError: the image cannot be signed.
     """
-    record = parameters if embed else None
     quality = parameters.output_quality
     file = io.BytesIO()
     match parameters.output_format:
         case "webp":
-            image.save(file, "WEBP", quality=quality, **provenance.webp_options(record))
+            image.save(file, "WEBP", quality=quality, **provenance.webp_options(parameters, embed=embed))
         case "jpg":
             chroma = "4:4:4" if quality is not None and quality >= FULL_CHROMA_QUALITY else "4:2:0"
-            options = provenance.jpeg_options(record)
+            options = provenance.jpeg_options(parameters, embed=embed)
             image.save(file, "JPEG", quality=quality, subsampling=chroma, optimize=True, **options)
         case "png":
-            image.save(file, "PNG", **provenance.png_options(record))
+            image.save(file, "PNG", **provenance.png_options(parameters, embed=embed))
     content = file.getvalue()
     return signer.sign(content, parameters, embed=embed, source=source) if signer else content
 

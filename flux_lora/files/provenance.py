@@ -23,26 +23,26 @@ from flux_lora.files import exif, text, xmp
 from flux_lora.files.record import Parameters
 
 
-def webp_options(parameters: Parameters | None) -> dict[str, Any]:
-    """Pillow's options for saving a WebP with its provenance; without parameters with the AI mark alone."""
-    return {"xmp": xmp.packet(parameters), "exif": _exif(parameters)}
+def webp_options(parameters: Parameters, *, embed: bool = True) -> dict[str, Any]:
+    """Pillow's options for saving a WebP with its provenance; unless it is embedded with the AI mark alone."""
+    return {"xmp": xmp.packet(parameters, embed=embed), "exif": _exif(parameters) if embed else b""}
 
 
-def jpeg_options(parameters: Parameters | None) -> dict[str, Any]:
-    """Pillow's options for saving a JPEG with its provenance; without parameters with the AI mark alone."""
+def jpeg_options(parameters: Parameters, *, embed: bool = True) -> dict[str, Any]:
+    """Pillow's options for saving a JPEG with its provenance; unless it is embedded with the AI mark alone."""
     # Pillow's option "xmp" takes what fits into one segment; "extra" takes finished segments.
-    return {"extra": xmp.jpeg_segments(parameters), "exif": _exif(parameters)}
+    return {"extra": xmp.jpeg_segments(parameters, embed=embed), "exif": _exif(parameters) if embed else b""}
 
 
-def png_options(parameters: Parameters | None) -> dict[str, Any]:
-    """Pillow's options for saving a PNG with its provenance; without parameters with the AI mark alone."""
+def png_options(parameters: Parameters, *, embed: bool = True) -> dict[str, Any]:
+    """Pillow's options for saving a PNG with its provenance; unless it is embedded with the AI mark alone."""
     chunks = PngInfo()
-    if parameters:
+    if embed:
         _add(chunks, "Description", text.shown_prompt(parameters))
         _add(chunks, "Software", text.software(parameters))
         _add(chunks, "parameters", text.line(parameters))
         _add(chunks, "invokeai_metadata", text.invoke(parameters))
-    chunks.add_itxt("XML:com.adobe.xmp", xmp.packet(parameters).decode())
+    chunks.add_itxt("XML:com.adobe.xmp", xmp.packet(parameters, embed=embed).decode())
     return {"pnginfo": chunks}
 
 
@@ -122,9 +122,7 @@ def _parameters(image: Image.Image) -> Parameters:
     return Parameters.from_json(record)
 
 
-def _exif(parameters: Parameters | None) -> bytes:
-    if not parameters:
-        return b""
+def _exif(parameters: Parameters) -> bytes:
     return exif.block(text.shown_prompt(parameters), text.software(parameters), text.line(parameters))
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import flux_lora
 from flux_lora.errors import OutputError
 from flux_lora.files import own_code
-from flux_lora.request import Model, OutputFormat
+from flux_lora.inputs import Model, OutputFormat
 
 OWN = ("flux_lora", "code")
 """What names flux-lora's own code in the software of a record; all else there are libraries."""
@@ -94,14 +94,30 @@ class Lora(_Record):
         return self.data_digest and self.data_digest[:12]
 
 
+class Source(_Record):
+    """The image that a picture was drawn from."""
+
+    image: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of its file."""
+    mask: str | None = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the mask's; None: all of the image was drawn anew."""
+    prompt_strength: float
+    """Share of the noise schedule that was run, 0…1."""
+    megapixels: str
+    """As it was asked for: it decides to what size the image was scaled."""
+
+
 class Parameters(_Record):
     """What drew one image; on one machine the file, before it is signed, is a function of this value.
 
     No time, index or count of the batch belongs here, and no aspect ratio: the size says it.
     """
 
-    record: Literal[2] = 2
-    """Version of this layout. Version 1 had at most one LoRA, as ``lora``; it is read as version 2."""
+    record: Literal[3] = 3
+    """Version of this layout, as which older ones are read.
+
+    Version 1 had at most one LoRA, as ``lora``; version 2 had neither ``source`` nor ``go_fast`` and ``reused_steps``.
+    """
     prompt: str
     seed: int
     """Of this image; in a batch that is the request's seed + k."""
@@ -114,6 +130,12 @@ class Parameters(_Record):
     """None for schnell, which has no guidance input."""
     loras: tuple[Lora, ...] = ()
     """All that were applied, by digest and scale: the order in which they were asked for changes no bit."""
+    source: Source | None = None
+    """What it was drawn from; None: noise, which nothing else has touched."""
+    go_fast: bool = False
+    """Whether steps were to be reused, whatever the speed profile does."""
+    reused_steps: int | None = None
+    """How many steps were extrapolated from those before; files of version 2 do not say."""
     output_format: OutputFormat
     output_quality: int | None
     """None for png, which is lossless."""
@@ -122,13 +144,15 @@ class Parameters(_Record):
     @model_validator(mode="before")
     @classmethod
     def _layout(cls, data: Any) -> Any:
-        """Read version 1, and a prompt that was deflated."""
+        """Read versions 1 and 2, and a prompt that was deflated."""
         if not isinstance(data, dict):
             return data
         if data.get("record") == 1 and "lora" in data and "loras" not in data:
             lora = data["lora"]
             data = {name: value for name, value in data.items() if name != "lora"}
             data |= {"record": 2, "loras": [] if lora is None else [lora]}
+        if data.get("record") == 2:
+            data = data | {"record": 3}
         if isinstance(prompt := data.get("prompt"), dict):
             data = data | {"prompt": _inflated(prompt)}
         return data

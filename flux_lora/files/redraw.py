@@ -1,9 +1,9 @@
 """A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from PIL import Image
@@ -12,25 +12,30 @@ from flux_lora.errors import OutputError, RequestError, SourceError
 from flux_lora.files import provenance
 from flux_lora.files.record import OWN, Parameters
 from flux_lora.files.signing import unsigned
+from flux_lora.inputs import DOCUMENTED, SMALLEST_SIDE, Interface
 from flux_lora.request import SIZES
 
 
-def inputs_of(parameters: Parameters) -> dict[str, object]:
-    """The inputs that ask for one picture with these parameters.
+def inputs_of(parameters: Parameters, interface: Interface = DOCUMENTED) -> dict[str, object]:
+    """The inputs that ask for one picture with these parameters, but for what names LoRAs, image and mask.
+
+    Args:
+        parameters: what the picture's record says.
+        interface: whose inputs they are to be.
 
     Raises:
-        RequestError: no inputs do.
+        RequestError: no inputs do, or only those of another interface.
     """
-    if len(parameters.loras) > 1:
-        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; one can be asked for.")
-    size = (parameters.width, parameters.height)
-    ratio = next((ratio for ratio, known in SIZES.items() if known == size), None)
-    shape = {"aspect_ratio": ratio} if ratio else {"aspect_ratio": "custom", "width": size[0], "height": size[1]}
+    if len(parameters.loras) > 2:
+        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; two can be asked for at most.")
+    scales = [lora.scale for lora in parameters.loras]
     inputs = {
         "prompt": parameters.prompt,
-        **shape,
+        **_shape(parameters),
         "num_outputs": 1,
-        "lora_scale": parameters.loras[0].scale if parameters.loras else 0,
+        "lora_scale": scales[0] if scales else 0,
+        "extra_lora_scale": scales[1] if len(scales) > 1 else None,
+        "go_fast": parameters.go_fast or None,
         "num_inference_steps": parameters.num_inference_steps,
         "model": parameters.model,
         "guidance_scale": parameters.guidance_scale,
@@ -38,7 +43,49 @@ def inputs_of(parameters: Parameters) -> dict[str, object]:
         "output_format": parameters.output_format,
         "output_quality": parameters.output_quality,
     }
-    return {name: value for name, value in inputs.items() if value is not None}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if unknown := [name for name in inputs if name not in interface]:
+        raise RequestError(
+            f"The picture needs inputs that the documented interface does not have ({', '.join(unknown)}): draw it "
+            "again by the extended one, with --extended."
+        )
+    return inputs
+
+
+def check_files(parameters: Parameters, files: Mapping[str, bytes]) -> None:
+    """Make sure that the image and the mask that a picture was drawn from are there.
+
+    Args:
+        parameters: what the picture's record says.
+        files: what is given for the inputs ``image`` and ``mask``.
+
+    Raises:
+        RequestError: one is missing, or is another file.
+    """
+    source = parameters.source
+    for name, digest in (("image", source and source.image), ("mask", source and source.mask)):
+        if digest and name not in files:
+            raise RequestError(
+                f"The picture was drawn with the {name} of SHA-256 {digest}, which is not at hand. Give its file with "
+                f"-i {name}=@FILE."
+            )
+        if digest and (found := sha256(files[name]).hexdigest()) != digest:
+            raise RequestError(
+                f"The picture was drawn with another {name}: its SHA-256 is {digest}, and that of the given file "
+                f"{found}."
+            )
+
+
+def _shape(parameters: Parameters) -> dict[str, object]:
+    """The inputs that a picture's size follows from, and what it is drawn from."""
+    if source := parameters.source:
+        return {"prompt_strength": source.prompt_strength, "megapixels": source.megapixels}
+    width, height = parameters.width, parameters.height
+    if ratio := next((ratio for ratio, known in SIZES.items() if known == (width, height)), None):
+        return {"aspect_ratio": ratio}
+    if min(width, height) < SMALLEST_SIDE:  # a quarter of a custom size
+        return {"aspect_ratio": "custom", "width": 2 * width, "height": 2 * height, "megapixels": "0.25"}
+    return {"aspect_ratio": "custom", "width": width, "height": height}
 
 
 def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
@@ -103,6 +150,8 @@ def _changed(now: Parameters, then: Parameters) -> list[str]:
     """The names of the fields that differ, but for the environment."""
     names = [name for name in Parameters.model_fields if name not in ("environment", "loras")]
     changed = [name for name in names if getattr(now, name) != getattr(then, name)]
+    if then.reused_steps is None and "reused_steps" in changed:  # older records do not say
+        changed.remove("reused_steps")
     # Records of version 1 know no names of LoRAs.
     loras = [[(lora.digest, lora.scale) for lora in each.loras] for each in (now, then)]
     return changed if loras[0] == loras[1] else [*changed, "loras"]

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 import flux_lora
 from flux_lora.errors import OutputError, SettingsError
 from flux_lora.files.record import Parameters
-from flux_lora.files.xmp import AI_GENERATED
+from flux_lora.files.xmp import AI_EDITED, AI_GENERATED
 from flux_lora.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 MEDIA_TYPES = {"webp": "image/webp", "jpg": "image/jpeg", "png": "image/png"}
-
-AI_EDITED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
-"""IPTC's Digital Source Type of an image that a model made of another one."""
 
 ASSERTION = "flux-lora.parameters"
 """Label of our record in a manifest, or of its digest alone."""

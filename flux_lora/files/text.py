@@ -29,7 +29,7 @@ def line(parameters: Parameters) -> str:
 def invoke(parameters: Parameters) -> str:
     """Write the JSON that InvokeAI recalls prompt and parameters from, in the PNG text ``invokeai_metadata``."""
     fields = {
-        "generation_mode": "flux_txt2img",
+        "generation_mode": _mode(parameters),
         "positive_prompt": shown_prompt(parameters),
         "negative_prompt": "",
         "width": parameters.width,
@@ -40,6 +40,8 @@ def invoke(parameters: Parameters) -> str:
     }
     if parameters.guidance_scale is not None:
         fields["guidance"] = parameters.guidance_scale
+    if parameters.source:
+        fields["strength"] = parameters.source.prompt_strength
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -68,6 +70,12 @@ def names(loras: tuple[Lora, ...]) -> Mapping[str, Lora]:
     return named
 
 
+def _mode(parameters: Parameters) -> str:
+    if not parameters.source:
+        return "flux_txt2img"
+    return "flux_inpaint" if parameters.source.mask else "flux_img2img"
+
+
 def _settings(parameters: Parameters) -> list[tuple[str, object]]:
     settings: list[tuple[str, object]] = [
         ("Steps", parameters.num_inference_steps),
@@ -81,8 +89,10 @@ def _settings(parameters: Parameters) -> list[tuple[str, object]]:
         ("Seed", parameters.seed),
         ("Size", f"{parameters.width}x{parameters.height}"),
         ("Model", system(parameters)),
-        ("RNG", "CPU"),
     ]
+    if parameters.source:
+        settings.append(("Denoising strength", parameters.source.prompt_strength))
+    settings.append(("RNG", "CPU"))
     loras = names(parameters.loras)
     if loras:
         hashes = ", ".join(f"{name}: {lora.autov3 or lora.autov2}" for name, lora in loras.items())

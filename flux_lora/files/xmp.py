@@ -19,6 +19,9 @@ from flux_lora.files.text import shown_prompt, software, system
 
 AI_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
+AI_EDITED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""Of an image that a model made of another one."""
+
 NAMESPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
     "dc": "http://purl.org/dc/elements/1.1/",
@@ -38,14 +41,14 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 """Characters that XML 1.0 cannot hold, not even escaped."""
 
 
-def packet(parameters: Parameters | None) -> bytes:
-    """Write the packet of an image; without parameters it holds the AI mark alone."""
-    return _packet(_marks(parameters) + _facts(parameters))
+def packet(parameters: Parameters, *, embed: bool = True) -> bytes:
+    """Write the packet of an image; unless parameters are embedded it holds the AI mark alone."""
+    return _packet(_mark(parameters) + (_names(parameters) + _facts(parameters) if embed else ""))
 
 
-def jpeg_segments(parameters: Parameters | None) -> bytes:
+def jpeg_segments(parameters: Parameters, *, embed: bool = True) -> bytes:
     """Write the packet as one APP1 segment; when it is too long, its facts as an extended packet in several more."""
-    whole = packet(parameters)
+    whole = packet(parameters, embed=embed)
     if len(whole) <= _STANDARD_BYTES:
         return _segment(_STANDARD_XMP + whole)
     extended = _xmp(_facts(parameters)).encode()
@@ -54,7 +57,8 @@ def jpeg_segments(parameters: Parameters | None) -> bytes:
         digest + len(extended).to_bytes(4) + start.to_bytes(4) + extended[start : start + _EXTENDED_BYTES]
         for start in range(0, len(extended), _EXTENDED_BYTES)
     ]
-    standard = _packet(_marks(parameters) + _element("xmpNote:HasExtendedXMP", digest.decode()))
+    pointer = _element("xmpNote:HasExtendedXMP", digest.decode())
+    standard = _packet(_mark(parameters) + _names(parameters) + pointer)
     return _segment(_STANDARD_XMP + standard) + b"".join(_segment(_EXTENDED_XMP + part) for part in parts)
 
 
@@ -83,19 +87,19 @@ def source_type(image: Image.Image) -> str | None:
     return _property(found, "Iptc4xmpExt:DigitalSourceType") if found else None
 
 
-def _marks(parameters: Parameters | None) -> str:
-    """The properties that stay in the first packet: few and short."""
-    marks = _element("Iptc4xmpExt:DigitalSourceType", AI_GENERATED)
-    if parameters:
-        marks += _element("Iptc4xmpExt:AISystemUsed", system(parameters))
-        marks += _element("xmp:CreatorTool", software(parameters))
-    return marks
+def _mark(parameters: Parameters) -> str:
+    """The property that says that a model has made the image, and whether of another one."""
+    return _element("Iptc4xmpExt:DigitalSourceType", AI_EDITED if parameters.source else AI_GENERATED)
 
 
-def _facts(parameters: Parameters | None) -> str:
+def _names(parameters: Parameters) -> str:
+    """What else stays in the first packet: few and short."""
+    system_used = _element("Iptc4xmpExt:AISystemUsed", system(parameters))
+    return system_used + _element("xmp:CreatorTool", software(parameters))
+
+
+def _facts(parameters: Parameters) -> str:
     """The properties that hold the prompt, which may be long."""
-    if not parameters:
-        return ""
     description = f'<rdf:Alt><rdf:li xml:lang="x-default">{_xml_text(shown_prompt(parameters))}</rdf:li></rdf:Alt>'
     # ExifTool 12 can rewrite an element as an attribute in ' quotes, and then forgets to escape those within.
     as_json = parameters.to_json().replace("'", r"\u0027")

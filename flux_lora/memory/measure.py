@@ -8,8 +8,9 @@ import torch
 
 from flux_lora.checkpoint.assembling import Network
 from flux_lora.device import devices
+from flux_lora.inputs import LARGEST_SIDE
 from flux_lora.memory.plans import Room, Sizes, Weights
-from flux_lora.request import LARGEST_SIDE, MAX_TEXT_TOKENS
+from flux_lora.request import MAX_TEXT_TOKENS
 
 CONTEXT_BYTES = 640 * 2**20
 """What the driver counts for a process beside its tensors: context, kernels, libraries' handles.
@@ -34,6 +35,9 @@ Counted in a dry run of diffusers' FluxTransformer2DModel with fused attention: 
 
 DECODE_TENSORS, STRIPS_TENSORS = 3.05, 1.7
 """The same of the decoder, for each pixel and channel of its last block's input; counted: 3.0 whole, 1.64 in strips."""
+
+ENCODE_TENSORS, ENCODE_STRIPS_TENSORS = 5.05, 2.25
+"""The same of the encoder, for each pixel and channel of its first block; counted: 5.0 whole, 2.18 in strips."""
 
 
 def available_room(device: torch.device, asked: int | None) -> Room:
@@ -66,13 +70,23 @@ def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dty
     )
 
 
-def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_each: int = 2) -> tuple[int, int, int]:
-    """What the largest image takes beside the weights: while it is denoised, decoded whole, and decoded in strips."""
+def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_each: int = 2) -> tuple[int, ...]:
+    """What the largest image takes beside the weights.
+
+    Returns:
+        Bytes while it is denoised; decoded whole, and in strips; and while a source image of its size is encoded whole,
+        and in strips.
+    """
     channels = vae["block_out_channels"]
     tokens = (LARGEST_SIDE // 2 ** len(channels)) ** 2 + max(MAX_TEXT_TOKENS.values())
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    pixels = LARGEST_SIDE**2 * channels[min(1, len(channels) - 1)] * bytes_each
-    return DENOISE_TENSORS * tokens * width * bytes_each, int(DECODE_TENSORS * pixels), int(STRIPS_TENSORS * pixels)
+    decoding = LARGEST_SIDE**2 * channels[min(1, len(channels) - 1)] * bytes_each
+    encoding = LARGEST_SIDE**2 * channels[0] * bytes_each
+    return (
+        DENOISE_TENSORS * tokens * width * bytes_each,
+        *(int(each * decoding) for each in (DECODE_TENSORS, STRIPS_TENSORS)),
+        *(int(each * encoding) for each in (ENCODE_TENSORS, ENCODE_STRIPS_TENSORS)),
+    )
 
 
 def weights(component: str, network: Network) -> Weights:

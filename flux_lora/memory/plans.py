@@ -42,7 +42,7 @@ class Plan:
     overlap: bool
     """Whether one image is decoded while the next is denoised, which takes the memory of both."""
     strips: tuple[bool, ...] = (False,)
-    """Whether the VAE decodes the image whole, or in strips, in the order of preference."""
+    """Whether the VAE decodes and encodes an image whole, or in strips, in the order of preference."""
     lossy: bool = False
 
 
@@ -87,6 +87,10 @@ class Sizes:
     decode: int
     """… while it is decoded whole …"""
     decode_strips: int
+    """… and in strips."""
+    encode: int
+    """The same while a source image of that size is encoded whole, before anything is denoised …"""
+    encode_strips: int
     """… and in strips."""
 
 
@@ -222,8 +226,8 @@ def _needs(plan: Plan, sizes: Sizes, strips: bool, kept: bool, stay: int) -> Cho
     transformers = sizes.transformers.values()
     largest = max(weights.total for weights in transformers)
     everything = sum(weights.total for weights in transformers)
-    decode = sizes.decode_strips if strips else sizes.decode
-    work = MARGIN * (sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode))
+    encode, decode = (sizes.encode_strips, sizes.decode_strips) if strips else (sizes.encode, sizes.decode)
+    work = MARGIN * max(encode, sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode))
     device, host = sizes.small, 0
     match transformers_where(plan, len(transformers)):
         case "device":

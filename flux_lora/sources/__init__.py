@@ -140,6 +140,27 @@ class Sources:
             else:
                 parse(source)
 
+    def read(self, source: str, max_bytes: int) -> bytes:
+        """The bytes of a small file that a request brings along; they are kept nowhere.
+
+        Args:
+            source: a ``data:`` URI or an https address.
+            max_bytes: the largest file that is read; of a ``data:`` URI, known before it is decoded.
+
+        Raises:
+            SourceError: it is neither, is refused, or cannot be fetched. The message is the end of a sentence.
+        """
+        source = source.strip()
+        if is_inline(source):
+            source = "".join(source.split())  # many tools write base64 in lines
+        _check_text(source)
+        deadline = time.monotonic() + self._request_network.patience.total
+        if is_inline(source):
+            return b"".join(decode(source, max_bytes))
+        if "://" not in source:
+            raise SourceError("it must be a data: URI or an https:// address; commands take @FILE, too")
+        return Client(self._request_network, self._request_tokens, max_bytes, deadline).read(source)
+
     def cached(self, digest: str) -> Path | None:
         """A file of the cache by its SHA-256, if it is there: for the owner of the cache, never for a request."""
         return self._cache.content(digest)

@@ -30,7 +30,7 @@ WEB_PAGES = ("text/html", "application/xhtml+xml")
 
 
 class Client:
-    """Fetches JSON and one file through the guarded transport, and all of it before the deadline.
+    """Fetches JSON and files through the guarded transport, and all of it before the deadline.
 
     Args:
         network: the way there.
@@ -99,6 +99,25 @@ class Client:
                 part.discard()
                 raise
 
+    def read(self, url: str) -> bytes:
+        """The whole of a small file, in memory, and nowhere else.
+
+        Raises:
+            SourceError: the server refuses, cannot be reached after some tries, or sends what is not a file.
+        """
+        pauses = iter(self._pauses)
+        while True:
+            try:
+                with self._get(self._files, url, lambda _: {}) as (response, target):
+                    self._require_file(response, host_of(target))
+                    if int(response.headers.get("content-length", 0)) > self._max_bytes:
+                        raise SourceError(too_large(self._max_bytes))
+                    return response.read()
+            except TransferError as error:
+                if (pause := next(pauses, None)) is None or time.monotonic() + pause > self.deadline:
+                    raise SourceError(str(error)) from None
+                time.sleep(pause)
+
     def _attempt(self, url: str, part: Part, name: str, known: Validator | None) -> Validator | None:
         saved = part.validator() if part.size else None
 
@@ -118,14 +137,7 @@ class Client:
                     return saved  # all of it had arrived already
                 part.discard()
                 raise TransferError(f"{host} no longer has the rest of the file")
-            if status in (500, 502, 503, 504):
-                raise TransferError(refusal(host, status, self.tokens, headers))
-            if status not in (200, 206):
-                raise SourceError(refusal(host, status, self.tokens, headers))
-            if _is_web_page(headers):
-                hint = self.tokens.hint(host)
-                login = f"; it may want a login: {hint}" if hint else ""
-                raise SourceError(f"{host} sent a web page in place of the file{login}")
+            self._require_file(response, host, 200, 206)
             if status == 200:
                 validator = validator_of(resource, headers)
                 part.begin(validator)
@@ -136,6 +148,18 @@ class Client:
                 raise TransferError(f"{host} sent another part or another state of the file than asked for")
             self._write(response, part, name)
             return validator
+
+    def _require_file(self, response: httpx2.Response, host: str, *expected: int) -> None:
+        """Check that an answer is a file, by its status, 200 unless others are expected, and its type."""
+        status, headers = response.status_code, response.headers
+        if status in (500, 502, 503, 504):
+            raise TransferError(refusal(host, status, self.tokens, headers))
+        if status not in (expected or (200,)):
+            raise SourceError(refusal(host, status, self.tokens, headers))
+        if _is_web_page(headers):
+            hint = self.tokens.hint(host)
+            login = f"; it may want a login: {hint}" if hint else ""
+            raise SourceError(f"{host} sent a web page in place of the file{login}")
 
     def _write(self, response: httpx2.Response, part: Part, name: str) -> None:
         """Append the answer to the partial file, unless the whole is or becomes too large."""

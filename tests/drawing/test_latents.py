@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux_lora.drawing.latents import crop_centre, drawable, initial_noise, pack, unpack
+from flux_lora.drawing.latents import crop_centre, drawable, extend, initial_noise, pack, unpack
 
 
 def test_noise_is_what_the_field_draws_from_a_seed() -> None:
@@ -41,3 +42,15 @@ def test_crop_takes_the_centre() -> None:
     assert crop_centre(image, 32, 16).getpixel((16, 8)) == (255, 0, 0)
     assert crop_centre(image, 32, 16).size == (32, 16)
     assert crop_centre(image, 64, 48) is image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("larger", [(37, 24), (40, 25), (64, 64)])
+def test_what_is_extended_is_cropped_again(mode: str, larger: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 37, 3), np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    extended = extend(image, *larger)
+    assert (extended.size, extended.mode) == (larger, mode)
+    assert np.array_equal(np.asarray(crop_centre(extended, *image.size)), np.asarray(image))
+    assert extended.getpixel((0, 0)) == image.getpixel((0, 0))
+    assert extended.getpixel((larger[0] - 1, larger[1] - 1)) == image.getpixel((36, 23))

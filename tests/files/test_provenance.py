@@ -85,7 +85,7 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
 @pytest.mark.parametrize(
     ("packet", "message"),
     [
-        (record(record=3), "damaged, or a newer version of flux-lora wrote them .*record"),
+        (record(record=4), "damaged, or a newer version of flux-lora wrote them .*record"),
         (record(seed="seven"), "damaged, or a newer version .*seed"),
         (record(surprise=1), "damaged, or a newer version .*surprise"),
         (record(guidance_scale=float("nan")), "damaged, or a newer version"),

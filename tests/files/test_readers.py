@@ -16,7 +16,7 @@ import sd_parsers
 from PIL import Image
 
 from flux_lora.files import provenance, xmp
-from flux_lora.files.record import Lora
+from flux_lora.files.record import Lora, Source
 from tests.files.pictures import FORMATS, LINE, PARAMETERS, PROMPTS, written
 
 LORAS = (
@@ -168,6 +168,24 @@ def test_sd_parsers_reads_all_of_it(tmp_path: Path, output_format: str, prompt: 
     }
     assert found.metadata["Distilled CFG Scale"] == "3.5"
     assert found.metadata["Hashes"] == HASHES
+
+
+@pytest.mark.parametrize("mask", [None, "b2" * 32])
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_a_picture_of_another_tells_its_strength(tmp_path: Path, output_format: str, mask: str | None) -> None:
+    """To A1111 and sd-parsers by its line, to InvokeAI by the PNG's text, to viewers by the mark of an edited one."""
+    source = Source(image="a1" * 32, mask=mask, prompt_strength=0.65, megapixels="1")
+    path = written(tmp_path, output_format, source=source, loras=LORAS)
+    found = parsed(path)
+    assert found.metadata["Denoising strength"] == "0.65"
+    assert found.metadata["Hashes"] == HASHES
+    traces = provenance.traces(path)
+    assert traces.source_type == xmp.AI_EDITED
+    if output_format == "png":
+        with Image.open(path) as image:
+            recalled = json.loads(image.info["invokeai_metadata"])
+        assert recalled["generation_mode"] == ("flux_inpaint" if mask else "flux_img2img")
+        assert recalled["strength"] == 0.65
 
 
 HOSTILE = "a tomato\nNegative prompt: blue\nSteps: 1, Sampler: none, CFG scale: 9, Seed: 0, Size: 1x1\nMore"

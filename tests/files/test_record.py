@@ -9,7 +9,7 @@ import pytest
 
 from flux_lora.errors import OutputError
 from flux_lora.files import provenance
-from flux_lora.files.record import Lora, Parameters, Software
+from flux_lora.files.record import Lora, Parameters, Software, Source
 from tests.files.pictures import ENVIRONMENT, PARAMETERS, PROMPTS, SOFTWARE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -48,9 +48,35 @@ def test_pictures_of_version_1_are_read(name: str) -> None:
     """Drawn with the miniature at 65e6f1c, before there could be several LoRAs."""
     read = provenance.read(FIXTURES / name)
     digest = "a8b16ec6b59bc33b79644c0ac28ea506c2d7959fabf5c3ab404964d2e3ea69ad"
-    assert (read.record, read.loras) == (2, (Lora(digest=digest, scale=0.7),))
+    assert (read.record, read.loras, read.source, read.reused_steps) == (
+        3,
+        (Lora(digest=digest, scale=0.7),),
+        None,
+        None,
+    )
     assert read.prompt == "a tomato, it's <red> & round"
     assert (read.seed, read.model, read.width, read.output_quality) == (7, "schnell", 256, 40)
+
+
+def test_version_2_is_read() -> None:
+    fields = json.loads(PARAMETERS.to_json())
+    del fields["source"], fields["go_fast"], fields["reused_steps"]
+    assert Parameters.from_json(json.dumps(fields | {"record": 2})) == PARAMETERS
+
+
+@pytest.mark.parametrize("mask", [None, "b2" * 32])
+def test_what_a_picture_was_drawn_from_comes_back(mask: str | None) -> None:
+    source = Source(image="a1" * 32, mask=mask, prompt_strength=0.65, megapixels="0.25")
+    drawn = PARAMETERS.model_copy(update={"source": source, "go_fast": True, "reused_steps": 11})
+    assert Parameters.from_json(drawn.to_json()) == drawn
+
+
+@pytest.mark.parametrize("digest", ["../../elsewhere", "A1" * 32, ""])
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_a_digest_of_a_source_is_64_hexadecimal_digits(digest: str, name: str) -> None:
+    source = {"image": "a1" * 32, "mask": None, "prompt_strength": 0.5, "megapixels": "1", name: digest}
+    with pytest.raises(OutputError, match=rf"source\.{name}"):
+        Parameters.from_json(json.dumps(json.loads(PARAMETERS.to_json()) | {"source": source}))
 
 
 def test_version_1_without_a_lora_is_read() -> None:
@@ -60,7 +86,7 @@ def test_version_1_without_a_lora_is_read() -> None:
     assert read == PARAMETERS.model_copy(update={"loras": ()})
 
 
-@pytest.mark.parametrize("changes", [{"record": 1}, {"record": 1, "lora": None}, {"record": 3}, {"lora": None}])
+@pytest.mark.parametrize("changes", [{"record": 1}, {"record": 1, "lora": None}, {"record": 4}, {"lora": None}])
 def test_a_mixture_of_versions_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(OutputError, match="damaged"):
         Parameters.from_json(json.dumps(json.loads(PARAMETERS.to_json()) | changes))

@@ -1,5 +1,6 @@
 """What is said of a picture that was drawn again."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from PIL import Image
 
 from flux_lora.errors import RequestError
 from flux_lora.files import outputs, provenance, redraw
-from flux_lora.files.record import Environment, Lora, Parameters, Software
+from flux_lora.files.record import Environment, Lora, Parameters, Software, Source
+from flux_lora.inputs import EXTENDED
 from flux_lora.request import Request
 
 SOFTWARE = Software(
@@ -142,7 +144,48 @@ def test_inputs_ask_for_the_same_picture(loras: tuple[Lora, ...]) -> None:
     assert asked.lora_scale == (loras[0].scale if loras else 0)
 
 
+OTHER = Lora(digest="b2" * 32, scale=3)
+IMAGE, MASK = b"the image's file", b"the mask's"
+SOURCE = Source(image=sha256(IMAGE).hexdigest(), mask=sha256(MASK).hexdigest(), prompt_strength=0.65, megapixels="0.25")
+
+
 def test_more_loras_than_can_be_asked_for_are_refused() -> None:
-    two = PARAMETERS.model_copy(update={"loras": (LORA, Lora(digest="b2" * 32, scale=1))})
-    with pytest.raises(RequestError, match="2 LoRAs"):
+    two = PARAMETERS.model_copy(update={"loras": (LORA, OTHER), "width": 256, "height": 256})
+    with pytest.raises(RequestError, match=r"does not have \(extra_lora_scale\): .*--extended"):
         redraw.inputs_of(two)
+    asked = redraw.inputs_of(two, EXTENDED)
+    assert (asked["lora_scale"], asked["extra_lora_scale"]) == (0.5, 3)
+    with pytest.raises(RequestError, match="3 LoRAs"):
+        redraw.inputs_of(two.model_copy(update={"loras": (LORA, LORA, OTHER)}), EXTENDED)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (136 * 2, 160), (720, 128), (512, 512), (1344, 768), (256, 1440)])
+def test_the_extended_interface_asks_for_the_same_size(size: tuple[int, int]) -> None:
+    drawn = PARAMETERS.model_copy(update={"width": size[0], "height": size[1]})
+    assert Request.parse(EXTENDED, **redraw.inputs_of(drawn, EXTENDED)).size == size
+
+
+def test_inputs_ask_for_the_same_picture_of_another() -> None:
+    drawn = PARAMETERS.model_copy(update={"source": SOURCE, "go_fast": True})
+    with pytest.raises(RequestError, match=r"does not have \(prompt_strength, megapixels, go_fast\): draw it"):
+        redraw.inputs_of(drawn)
+    asked = Request.parse(EXTENDED, **redraw.inputs_of(drawn, EXTENDED), image="x", mask="y")
+    assert (asked.prompt_strength, asked.megapixels, asked.go_fast) == (0.65, "0.25", True)
+
+
+def test_the_files_that_a_picture_was_drawn_from_are_asked_for_by_their_digests() -> None:
+    drawn = PARAMETERS.model_copy(update={"source": SOURCE})
+    redraw.check_files(drawn, {"image": IMAGE, "mask": MASK})
+    redraw.check_files(PARAMETERS, {})
+    redraw.check_files(drawn.model_copy(update={"source": SOURCE.model_copy(update={"mask": None})}), {"image": IMAGE})
+    with pytest.raises(RequestError, match=f"image of SHA-256 {SOURCE.image}, .* -i image=@FILE"):
+        redraw.check_files(drawn, {"mask": MASK})
+    with pytest.raises(RequestError, match=f"mask of SHA-256 {SOURCE.mask}, .* -i mask=@FILE"):
+        redraw.check_files(drawn, {"image": IMAGE})
+    with pytest.raises(RequestError, match=f"another mask: its SHA-256 is {SOURCE.mask}, .* {SOURCE.image}"):
+        redraw.check_files(drawn, {"image": IMAGE, "mask": IMAGE})
+
+
+def test_older_records_do_not_say_how_many_steps_were_reused(tmp_path: Path) -> None:
+    now = PARAMETERS.model_copy(update={"reused_steps": 0})
+    assert compared(tmp_path, (GREEN, now)) == "not the same: although all parameters are equal"

@@ -169,7 +169,7 @@ def test_an_edited_picture_carries_the_credentials_of_its_input(
     opened, edited = assertions(content)["c2pa.actions.v2"]["actions"]
     assert opened["action"] == "c2pa.opened"
     assert len(opened["parameters"]["ingredients"]) == 1
-    assert (edited["action"], edited["digitalSourceType"]) == ("c2pa.edited", signing.AI_EDITED)
+    assert (edited["action"], edited["digitalSourceType"]) == ("c2pa.edited", xmp.AI_EDITED)
     (ingredient,) = manifest(content)["ingredients"]
     assert ingredient["relationship"] == "parentOf"
     original = report["manifests"][ingredient["active_manifest"]]

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from flux_lora.memory.plans import Room, Sizes, Weights
@@ -30,8 +31,10 @@ FLUX = Sizes(
     denoise=952_000_000,
     decode=3_238_000_000,
     decode_strips=1_805_000_000,
+    encode=2_681_000_000,
+    encode_strips=1_194_000_000,
 )
-DEV_ALONE = Sizes(FLUX.small, T5, {"dev": DEV}, FLUX.denoise, FLUX.decode, FLUX.decode_strips)
+DEV_ALONE = replace(FLUX, transformers={"dev": DEV})
 
 CONTEXT = 640 * 2**20
 

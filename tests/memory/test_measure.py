@@ -125,10 +125,16 @@ def test_working_memory_is_what_a_dry_run_at_the_largest_size_takes(monkeypatch:
             vae.decode(latents)
         with torch.no_grad(), Live(vae) as in_strips:
             strips.decode(vae, latents)
+        pixels = torch.empty(1, 3, side, side, dtype=bf16)
+        with torch.no_grad(), Live(vae) as encoded_whole:
+            strips.mean(vae.encode(pixels, return_dict=False)[0])
+        with torch.no_grad(), Live(vae) as encoded_in_strips:
+            strips.encode(vae, pixels)
     measured = working_bytes(transformer.config, vae.config)
-    for counted, assumed in zip((denoise, whole, in_strips), measured, strict=True):
+    for counted, assumed in zip((denoise, whole, in_strips, encoded_whole, encoded_in_strips), measured, strict=True):
         assert 0.9 * assumed <= counted.peak <= assumed
-    assert measured == pytest.approx((FLUX.denoise, FLUX.decode, FLUX.decode_strips), rel=0.01)
+    expected = FLUX.denoise, FLUX.decode, FLUX.decode_strips, FLUX.encode, FLUX.encode_strips
+    assert measured == pytest.approx(expected, rel=0.01)
 
 
 def test_on_a_cpu_device_and_host_are_one(monkeypatch: pytest.MonkeyPatch) -> None:

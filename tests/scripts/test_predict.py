@@ -95,6 +95,10 @@ def test_a_failure_in_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--json", "[]"], "object"),
         (["-i", "prompt=a", "-i", "replicate_weights=@no-such-file"], "no-such-file"),
         (["--from", "no-such-file"], "no-such-file"),
+        (["-i", "prompt=a", "-i", "image=@no-such-file"], "no-such-file"),
+        (["-i", "prompt=a", "-i", "image=data:,x"], "image is not an input of the documented interface"),
+        (["--extended", "-i", "prompt=a", "-i", "mask=data:,x"], "mask needs image"),
+        (["--extended", "-i", "prompt=a", "-i", "lora_scale=4"], "lora_scale must be a number from -1 to 3, not 4"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
@@ -341,3 +345,58 @@ def test_a_clean_run_prints_no_noise(tmp_path: Path) -> None:
         " ",
     )
     assert [line for line in lines if line.strip() and not line.startswith(ours)] == []
+
+
+# The extended interface
+
+PHOTO = Image.linear_gradient("L").resize((320, 256)).convert("RGB")
+FEW = ["--extended", "-i", "prompt=a tomato", "-i", "seed=7", "-i", "num_inference_steps=2", "-i", "output_format=png"]
+UNCHECKED = ["-i", "disable_safety_checker=true"]
+
+
+def test_an_edited_picture_is_drawn_again_from_the_files_of_its_record(capsys: pytest.CaptureFixture[str]) -> None:
+    PHOTO.save("photo.jpg")
+    PHOTO.rotate(180).save("other.jpg")
+    Image.new("L", (320, 256), 255).save("white.png")
+    mask = Image.new("L", (320, 256), 255)
+    mask.paste(0, (0, 0, 99, 256))
+    mask.save("mask.png")
+    files = ["-i", "image=@photo.jpg", "-i", "mask=@mask.png"]
+    assert main([*FEW, *files, *UNCHECKED, "-i", "prompt_strength=0.6", "-i", "go_fast=true"]) == 0
+    again = ["--from", "outputs/0001-seed7.png", *UNCHECKED]
+    assert main(["--extended", *again, *files]) == 0
+    assert "outputs/0002-seed7.png: byte for byte\n" in capsys.readouterr().err
+    source = provenance.read(Path("outputs/0001-seed7.png")).source
+    assert source
+    for given, named in (
+        ([], ["the image of SHA-256 " + source.image, "-i image=@FILE"]),
+        (files[:2], [f"the mask of SHA-256 {source.mask}", "-i mask=@FILE"]),
+        (["-i", "image=@other.jpg", *files[2:]], ["another image", source.image]),
+        (["-i", "image=@no-such.jpg"], ["image: ", "no-such.jpg"]),
+    ):
+        assert main(["--extended", *again, *given]) == 1
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert all(word in line for word in named), line
+    assert main(again) == 1
+    assert "with --extended" in capsys.readouterr().err
+
+
+def test_a_picture_of_two_loras_is_drawn_again(capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {name: tensor * 0.5 for name, tensor in load_file(MINI / "lora.safetensors").items()}
+    save_file(tensors, "other.safetensors")
+    scales = ["-i", "lora_scale=0.4", "-i", "extra_lora_scale=2.5"]
+    assert main([*FEW, *UNCHECKED, *SMALL, "-i", "extra_lora=@other.safetensors", *scales]) == 0
+    assert main(["--extended", "--from", "outputs/0001-seed7.png", *UNCHECKED]) == 0
+    assert "outputs/0002-seed7.png: byte for byte\n" in capsys.readouterr().err
+    first = provenance.read(Path("outputs/0001-seed7.png"))
+    assert sorted(lora.scale for lora in first.loras) == [0.4, 2.5]
+
+
+def test_help_names_the_inputs_of_the_door(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, count in ([], 14), (["--extended"], 21):
+        with pytest.raises(SystemExit):
+            main([*options, "--help"])
+        text = capsys.readouterr().out
+        listed = text.partition("\ninputs:\n")[2].partition("\n\n")[0]
+        assert len(listed.splitlines()) == count
+        assert ("megapixels" in text) == bool(options)

@@ -383,3 +383,37 @@ def test_an_upload_address_that_is_none_is_refused_at_once(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         serve_command.main(["--upload-url", url])
     assert "is not an http or https address" in capsys.readouterr().err
+
+
+EXTENDED = (
+    PREDICTOR.replace('prompt: str = Input(default="x")', 'image: str = Input(default="x")')
+    .replace("return prompt", "return image")
+    .replace("prompt ==", "image ==")
+)
+
+
+def test_two_doors_of_one_project_are_served_side_by_side(serve: Start, project: Path) -> None:
+    """Each with its own schema, also where nothing can be written into the project."""
+    (project / "predict_extended.py").write_text(EXTENDED)
+    (project / "openapi.extended.json").write_text(SCHEMA.replace("prompt", "image").replace("Prompt", "Image"))
+    first, second = serve(prefix=read_only(project)), serve("--extended", prefix=read_only(project))
+    for server, name in ((first, "prompt"), (second, "image")):
+        server.wait_for("Ready")
+        document = httpx2.get(f"{server.url}/openapi.json").json()
+        assert list(document["components"]["schemas"]["Input"]["properties"]) == [name]
+    answer = httpx2.post(f"{second.url}/predictions", json={"input": {"image": "http://127.0.0.1:9/a"}}, timeout=30)
+    assert answer.json()["output"] == "http://127.0.0.1:9/a"
+    assert first.predict("a tomato").json()["output"] == "a tomato"
+
+
+def test_inputs_that_cog_drops_are_named_in_the_log(serve: Start) -> None:
+    server = serve()
+    server.wait_for("Ready")
+    inputs = {"prompt": "a tomato", "pormpt": "a pear", "lora\x1b[31m": 1}
+    answer = httpx2.post(f"{server.url}/predictions", json={"input": inputs}, timeout=30)
+    assert answer.json()["output"] == "a tomato"
+    server.wait_for("not an input of this model, and so ignored: ")
+    (line,) = [line for line in server.lines if line.startswith("not an input")]
+    assert "pormpt" in line
+    assert "lora" in line
+    assert "\x1b" not in line

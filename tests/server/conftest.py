@@ -155,3 +155,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     traced = shutil.which(TRACE[0]) is not None
     with serving(tmp_path_factory.mktemp("server"), traced=traced) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that takes the extended inputs."""
+    with serving(tmp_path_factory.mktemp("extended"), "--extended") as running:
+        yield running

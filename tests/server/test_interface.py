@@ -1,4 +1,4 @@
-"""The documented interface over HTTP: every bound and choice, and what bad input gets."""
+"""Both interfaces over HTTP: every bound and choice, and what bad input gets."""
 
 import json
 from typing import Any
@@ -7,11 +7,9 @@ import httpx
 import pytest
 
 from flux_lora.files.record import Parameters
-from tests.conftest import ROOT
+from tests.interfaces import DOORS, Door
 from tests.server.conftest import SMALL, Server, content, open_image
 
-CONTRACT = ROOT / "tests" / "contract"
-INPUTS: dict[str, dict[str, Any]] = json.loads((CONTRACT / "input_schema.json").read_text())["properties"]
 SIZES = {
     "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "2:3": (832, 1216),
     "4:5": (896, 1088), "5:4": (1088, 896), "3:4": (896, 1152), "4:3": (1152, 896), "9:16": (768, 1344),
@@ -19,32 +17,58 @@ SIZES = {
 }  # fmt: skip
 FORMATS = {"webp": ("image/webp", "WEBP"), "jpg": ("image/jpeg", "JPEG"), "png": ("image/png", "PNG")}
 BOUNDS = [
-    (name, schema[bound]) for name, schema in INPUTS.items() for bound in ("minimum", "maximum") if bound in schema
+    (door, name, schema[bound])
+    for door in DOORS
+    for name, schema in door.inputs.items()
+    for bound in ("minimum", "maximum")
+    if bound in schema
 ]
 OUTSIDE = [
-    (name, schema[bound] + (step if schema["type"] == "integer" else step / 1000))
-    for name, schema in INPUTS.items()
+    (door, name, schema[bound] + (step if schema["type"] == "integer" else step / 1000))
+    for door in DOORS
+    for name, schema in door.inputs.items()
     for bound, step in (("minimum", -1), ("maximum", 1))
     if bound in schema
 ]
+CHOICES = [
+    (name, value)
+    for name, schema in DOORS[1].inputs.items()
+    for value in schema.get("enum", [True, False] if schema["type"] == "boolean" else [])
+    if name not in ("aspect_ratio", "output_format")  # below
+]
 
 
-def test_the_served_schema_is_the_documented_one(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
-    assert document == json.loads((ROOT / "openapi.json").read_text())
+@pytest.fixture
+def at(request: pytest.FixtureRequest) -> Server:
+    """The server of a door."""
+    served: Server = request.getfixturevalue({"documented": "server", "extended": "extended"}[request.param.name])
+    return served
 
 
-@pytest.mark.parametrize(("name", "value"), BOUNDS)
-def test_both_bounds_are_drawn(server: Server, name: str, value: float) -> None:
+@pytest.mark.parametrize(("at", "door"), zip(DOORS, DOORS, strict=True), indirect=["at"])
+def test_the_served_schema_is_that_of_the_door(at: Server, door: Door) -> None:
+    """Also while the other door of the same project is served."""
+    document = httpx.get(f"{at.url}/openapi.json").json()
+    assert document == json.loads(door.openapi.read_text())
+
+
+@pytest.mark.parametrize(("at", "name", "value"), BOUNDS, indirect=["at"])
+def test_both_bounds_are_drawn(at: Server, name: str, value: float) -> None:
     inputs = {"prompt": "a tomato", "seed": 7, **SMALL, "num_inference_steps": 1, name: value}
-    images = [open_image(data) for data in server.draw(**inputs)]
+    images = [open_image(data) for data in at.draw(**inputs)]
     assert len(images) == inputs.get("num_outputs", 1)
     assert {image.size for image in images} == {(inputs["width"], inputs["height"])}
 
 
-@pytest.mark.parametrize(("name", "value"), OUTSIDE)
-def test_beyond_a_bound_is_refused_by_name(server: Server, name: str, value: float) -> None:
-    refused(server, {"prompt": "a tomato", name: value}, name)
+@pytest.mark.parametrize(("at", "name", "value"), OUTSIDE, indirect=["at"])
+def test_beyond_a_bound_is_refused_by_name(at: Server, name: str, value: float) -> None:
+    refused(at, {"prompt": "a tomato", name: value}, name)
+
+
+@pytest.mark.parametrize(("name", "value"), CHOICES)
+def test_every_other_choice_is_drawn(extended: Server, name: str, value: object) -> None:
+    answer = extended.predict(prompt="a tomato", seed=7, **SMALL, **{name: value})
+    assert answer["status"] == "succeeded"
 
 
 @pytest.mark.parametrize("ratio", SIZES)

@@ -4,6 +4,7 @@ import difflib
 import re
 import secrets
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -11,8 +12,11 @@ from pydantic_core import ErrorDetails
 
 from flux_lora.errors import RequestError
 
-Wanted = tuple[str | None, float]
-"""A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale."""
+Wanted = tuple[str | Path | None, float]
+"""A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale.
+
+A ``Path`` is a file of whoever runs this process; a text may be a stranger's, and names what a request may name.
+"""
 
 AspectRatio = Literal["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21", "custom"]
 Model = Literal["dev", "schnell"]

@@ -1,28 +1,22 @@
-"""A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
+"""A picture of ours -> the inputs and the LoRAs that draw it again, and how the new one compares with it."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from hashlib import file_digest
 from pathlib import Path
 
 from PIL import Image
 
-from flux_lora.errors import OutputError, RequestError, SourceError
+from flux_lora.errors import OutputError, SourceError
 from flux_lora.files import provenance
-from flux_lora.files.record import OWN, Parameters
+from flux_lora.files.record import OWN, Lora, Parameters
 from flux_lora.files.signing import unsigned
 from flux_lora.request import SIZES
+from flux_lora.storage import sha256_of
 
 
 def inputs_of(parameters: Parameters) -> dict[str, object]:
-    """The inputs that ask for one picture with these parameters.
-
-    Raises:
-        RequestError: no inputs do.
-    """
-    if len(parameters.loras) > 1:
-        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; one can be asked for.")
+    """The inputs that ask for one picture with these parameters; of its LoRAs only the scale of the first."""
     size = (parameters.width, parameters.height)
     ratio = next((ratio for ratio, known in SIZES.items() if known == size), None)
     shape = {"aspect_ratio": ratio} if ratio else {"aspect_ratio": "custom", "width": size[0], "height": size[1]}
@@ -41,24 +35,35 @@ def inputs_of(parameters: Parameters) -> dict[str, object]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
-    """Find the LoRA of a picture among files.
+def find_loras(loras: Sequence[Lora], candidates: Iterable[Path]) -> dict[str, Path]:
+    """Find the LoRAs of a picture among files.
 
     Args:
-        digest: SHA-256 of the file, as the picture's record has it.
-        candidates: files that may be it, the most likely ones first; one that is missing is passed over.
+        loras: as the picture's record has them.
+        candidates: files that may be one of them, the most likely ones first; what cannot be read is passed over.
+
+    Returns:
+        The file of each digest.
 
     Raises:
-        SourceError: it is none of them.
+        SourceError: some are not there; the message says which.
     """
-    for path in filter(Path.is_file, candidates):
-        with suppress(OSError), path.open("rb") as file:
-            if file_digest(file, "sha256").hexdigest() == digest:
-                return path.absolute()
-    raise SourceError(
-        f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
-        "the weights directory, or name it with COG_WEIGHTS."
-    )
+    wanted, found = {lora.digest: lora for lora in loras}, dict[str, Path]()
+    files = filter(Path.is_file, candidates)
+    while wanted and (path := next(files, None)):
+        with suppress(OSError):
+            if wanted.pop(digest := sha256_of(path), None):
+                found[digest] = path.absolute()
+    if wanted:
+        missing = " and ".join(
+            f"SHA-256 {digest}" + (f" ({lora.name!r})" if lora.name else "") for digest, lora in wanted.items()
+        )
+        which = f"the LoRA of {missing}, which" if len(loras) == 1 else f"{len(loras)} LoRAs, of which {missing}"
+        raise SourceError(
+            f"The picture was drawn with {which} {'is' if len(wanted) == 1 else 'are'} not at hand. Put its file into "
+            "the weights directory, or name it with --lora."
+        )
+    return found
 
 
 def compare(new: Path, original: bytes, parameters: Parameters) -> str:

@@ -1,11 +1,12 @@
 """What is said of a picture that was drawn again."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from flux_lora.errors import RequestError
+from flux_lora.errors import SourceError
 from flux_lora.files import outputs, provenance, redraw
 from flux_lora.files.record import Environment, Lora, Parameters, Software
 from flux_lora.request import Request
@@ -142,7 +143,15 @@ def test_inputs_ask_for_the_same_picture(loras: tuple[Lora, ...]) -> None:
     assert asked.lora_scale == (loras[0].scale if loras else 0)
 
 
-def test_more_loras_than_can_be_asked_for_are_refused() -> None:
-    two = PARAMETERS.model_copy(update={"loras": (LORA, Lora(digest="b2" * 32, scale=1))})
-    with pytest.raises(RequestError, match="2 LoRAs"):
-        redraw.inputs_of(two)
+def test_missing_loras_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "folder").mkdir()
+    here = Lora(digest=hashlib.sha256(b"a").hexdigest(), scale=1)
+    candidates = [tmp_path / "nothing", tmp_path / "folder", tmp_path / "a"]
+    assert redraw.find_loras([here], candidates) == {here.digest: tmp_path / "a"}
+    assert redraw.find_loras([], candidates) == {}
+    others = [LORA, Lora(digest="b2" * 32, scale=1, name="ink\x1b")]
+    with pytest.raises(
+        SourceError, match=rf"3 LoRAs, of which SHA-256 {'a1' * 32} and SHA-256 {'b2' * 32} \('ink\\x1b'\)"
+    ):
+        redraw.find_loras([here, *others], candidates)

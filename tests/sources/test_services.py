@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -264,7 +265,7 @@ def test_civitais_token_serves_all_its_names_and_nobody_elses(
     version = civitai_version(lora) | {"model": {"type": "LORA"}}
     internet.serve("https://civitai.com/api/v1/model-versions/222", answer_json(version))
     ways = ["civitai.com/api/download/models/222", *(f"{host}/{index}" for index, host in enumerate(hosts) if index)]
-    for way, following in zip(ways, ways[1:], strict=False):
+    for way, following in pairwise(ways):
         internet.serve(f"https://{way}", redirect(f"https://{following}"))
     internet.serve(f"https://{ways[-1]}", lora)
     assert sources.fetch(f"{other}/models/111?modelVersionId=222", root=None).read_bytes() == lora

@@ -88,6 +88,8 @@ class Sizes:
     """… while it is decoded whole …"""
     decode_strips: int
     """… and in strips."""
+    merge: int = 0
+    """Tensors that live at once while adapters are merged, when nothing is drawn."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _needs(plan: Plan, sizes: Sizes, strips: bool, kept: bool, stay: int) -> Cho
     largest = max(weights.total for weights in transformers)
     everything = sum(weights.total for weights in transformers)
     decode = sizes.decode_strips if strips else sizes.decode
-    work = MARGIN * (sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode))
+    work = MARGIN * max(sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode), sizes.merge)
     device, host = sizes.small, 0
     match transformers_where(plan, len(transformers)):
         case "device":

@@ -30,8 +30,9 @@ FLUX = Sizes(
     denoise=952_000_000,
     decode=3_238_000_000,
     decode_strips=1_805_000_000,
+    merge=8 * 4 * 7 * WIDTH * WIDTH,  # query, key, value and the MLP's four of a single block, as one
 )
-DEV_ALONE = Sizes(FLUX.small, T5, {"dev": DEV}, FLUX.denoise, FLUX.decode, FLUX.decode_strips)
+DEV_ALONE = Sizes(FLUX.small, T5, {"dev": DEV}, FLUX.denoise, FLUX.decode, FLUX.decode_strips, FLUX.merge)
 
 CONTEXT = 640 * 2**20
 

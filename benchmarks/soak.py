@@ -60,7 +60,9 @@ class Target:
     temporary: Path
     worker: psutil.Process
     command: subprocess.Popen[bytes] | None = None
-    """``scripts/serve``, where this started it."""
+    """``scripts/serve``, where this started it …"""
+    log: Path | None = None
+    """… and what it printed."""
     witness: str = ""
     plan: str = ""
     """The memory plan that drew the witness; the file names it."""
@@ -229,6 +231,8 @@ def flat(target: Target, stage: Callable[[int], None], pieces: int = SAMPLES) ->
     for name, more, allowed in zip(names, grown, limits, strict=True):
         if more > allowed:
             raise SoakError(f"{name} grow: {more} more in the second half of {sizes}")
+    if target.log and (text := target.log.read_text(errors="replace")).count("Traceback"):
+        raise SoakError(f"a traceback in the log: {text[text.index('Traceback') :][:1000]!r}")
     made = target.counts - before
     said = ", ".join(f"{count} {name}" for name, count in sorted(made.items()))
     return f"{said}; second half: {grown[0] / 2**20:+.0f} MiB, {grown[1]:+d} descriptors, {grown[2]:+d} threads"
@@ -257,7 +261,8 @@ def serving(folder: Path, prefix: Sequence[str] = (), **environment: str) -> Ite
                 raise SoakError(f"the server ended: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.1)
         below = psutil.Process(process.pid).children(recursive=True)
-        yield Target(url, folder / "tmp", max(below, key=lambda each: each.memory_info().rss), process)
+        worker = max(below, key=lambda each: each.memory_info().rss)
+        yield Target(url, folder / "tmp", worker, process, folder / "log")
     finally:
         process.terminate()
         process.wait(HANG_SECONDS)

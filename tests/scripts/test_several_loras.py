@@ -61,7 +61,7 @@ def test_a_picture_of_several_is_drawn_again(drawn: list[Path], capsys: pytest.C
     [
         (["--lora", "anywhere.safetensors", "--lora", "other.safetensors"], "is none of the picture's LoRAs"),
         (["--lora", "anywhere.safetensors", "0.5"], "takes no scale with --from"),
-        (["-i", "lora_scale=0.5"], "the picture has 3 LoRAs, each with its own"),
+        (["--lora", "anywhere.safetensors", "-i", "lora_scale=0.5"], "the picture has 3 LoRAs, each with its own"),
     ],
 )
 @pytest.mark.usefixtures("drawn")

@@ -60,7 +60,9 @@ class Target:
     temporary: Path
     worker: psutil.Process
     command: subprocess.Popen[bytes] | None = None
-    """``scripts/serve``, where this started it."""
+    """``scripts/serve``, where this started it …"""
+    log: Path | None = None
+    """… and what it printed."""
     witness: str = ""
     plan: str = ""
     """The memory plan that drew the witness; the file names it."""
@@ -217,7 +219,7 @@ def flat(target: Target, stage: Callable[[int], None], pieces: int = SAMPLES) ->
     Returns:
         A phrase for the table.
     """
-    sizes = []
+    sizes, before = [], target.counts.copy()
     for piece in range(pieces):
         stage(piece)
         target.check()
@@ -229,7 +231,11 @@ def flat(target: Target, stage: Callable[[int], None], pieces: int = SAMPLES) ->
     for name, more, allowed in zip(names, grown, limits, strict=True):
         if more > allowed:
             raise SoakError(f"{name} grow: {more} more in the second half of {sizes}")
-    return f"second half: {grown[0] / 2**20:+.0f} MiB, {grown[1]:+d} descriptors, {grown[2]:+d} threads"
+    if target.log and (text := target.log.read_text(errors="replace")).count("Traceback"):
+        raise SoakError(f"a traceback in the log: {text[text.index('Traceback') :][:1000]!r}")
+    made = target.counts - before
+    said = ", ".join(f"{count} {name}" for name, count in sorted(made.items()))
+    return f"{said}; second half: {grown[0] / 2**20:+.0f} MiB, {grown[1]:+d} descriptors, {grown[2]:+d} threads"
 
 
 @contextmanager
@@ -255,7 +261,8 @@ def serving(folder: Path, prefix: Sequence[str] = (), **environment: str) -> Ite
                 raise SoakError(f"the server ended: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.1)
         below = psutil.Process(process.pid).children(recursive=True)
-        yield Target(url, folder / "tmp", max(below, key=lambda each: each.memory_info().rss), process)
+        worker = max(below, key=lambda each: each.memory_info().rss)
+        yield Target(url, folder / "tmp", worker, process, folder / "log")
     finally:
         process.terminate()
         process.wait(HANG_SECONDS)
@@ -312,12 +319,14 @@ def read_only_caches(folder: Path, lora: Path, witness: str) -> str:
     """Ask for a LoRA that can be kept nowhere."""
     place = folder / "read-only"
     (place / "cache").mkdir(parents=True)
-    mount = f'mount -t tmpfs -o ro tmpfs {place / "cache"} && exec "$@"'
+    mount = f'mount -t tmpfs -o ro,mode=0700 tmpfs {place / "cache"} && exec "$@"'
     with serving(place, ["unshare", "--mount", "/bin/sh", "-c", mount, "sh"]) as target:
         target.witness = witness
         target.check()
         source = "data:;base64," + base64.b64encode(lora.read_bytes()).decode()
         answer = target.draw(**WITNESS, replicate_weights=source)
+        if answer["status"] != "failed" or "FLUX_ADAPTER_CACHE" not in str(answer["error"]):
+            raise SoakError(f"a LoRA that can be kept nowhere: {answer}"[:300])
         target.check()
     return f"{answer['status']}: {answer.get('error', '')}"[-110:]
 
@@ -370,13 +379,13 @@ def main() -> int:
                 pieces = max(4, total // part // each)
                 return lambda: flat(target, lambda n: run(target, *arguments, each, seed=options.seed + n), pieces)
 
-            stage("2,000 requests from the schema", piece(fuzz, 2000))
-            stage("300 hostile sources", piece(hostile_sources, 300, lora))
-            stage("200 cancels", piece(cancels, 200))
+            stage("requests from the schema", piece(fuzz, 2000))
+            stage("hostile sources", piece(hostile_sources, 300, lora))
+            stage("cancels", piece(cancels, 200))
             stage("too little memory", lambda: little_memory(target, max(2, 20 // part)))
             witness = target.witness
             print(", ".join(f"{count} {name}" for name, count in sorted(target.counts.items())))
-        stage("20 kills of the worker", lambda: kills(folder, max(1, 20 // part), witness))
+        stage("kills of the worker", lambda: kills(folder, max(1, 20 // part), witness))
         if shutil.which("unshare") and os.geteuid() == 0:
             stage("full disk", lambda: full_disk(folder, witness))
             stage("read-only caches", lambda: read_only_caches(folder, lora, witness))

@@ -1,6 +1,5 @@
 """The adapters that requests ask for: found, fetched, read and remembered."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,17 +7,13 @@ from flux_lora.ledger import Log
 from flux_lora.lora.formats import Adapter
 from flux_lora.lora.library import AdapterLibrary
 from flux_lora.lora.merge import AdapterSet
+from flux_lora.request import Wanted
 from flux_lora.sources import Sources
 from flux_lora.sources.address import label
+from flux_lora.sources.local import operator_source
 
 BUNDLED = "lora.safetensors"
 """The fine-tune's file in a weights directory."""
-
-
-def operator_source(named: str, weights: Path) -> str:
-    """Where the operator's fine-tune is: a file or folder of the weights directory, if there is one by that name."""
-    here = os.path.join(weights, named)  # noqa: PTH118 - a data: URI is too long for a Path
-    return here if os.path.exists(here) else named  # noqa: PTH110
 
 
 class Adapters:
@@ -58,11 +53,12 @@ class Adapters:
             return
         log(f"fine-tune: {self.fine_tune.summary}")
 
-    def read(self, asked: Sequence[tuple[str | None, float]], log: Log) -> AdapterSet:
+    def read(self, asked: Sequence[Wanted], log: Log) -> AdapterSet:
         """Read the adapters of a request.
 
         Args:
-            asked: source and scale of each; without a source it is the operator's fine-tune, if there is one.
+            asked: source and scale of each; without a source it is the operator's fine-tune, if there is one. A text
+                names what a request may name; a ``Path`` is a file of whoever runs this process, wherever it lies.
             log: receives a line for each that the request brings along.
 
         Raises:
@@ -74,7 +70,8 @@ class Adapters:
                 if self.fine_tune:
                     adapters.append((self.fine_tune, scale))
                 continue
-            adapter = self._library.read(self._sources.fetch(source, root=self._weights), label(source))
+            root = None if isinstance(source, Path) else self._weights
+            adapter = self._library.read(self._sources.fetch(str(source), root=root), label(str(source)))
             log(f"LoRA of this request: {adapter.summary}")
             adapters.append((adapter, scale))
         return adapters

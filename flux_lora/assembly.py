@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flux_lora import rules
-from flux_lora.adapters import Adapters, operator_source
+from flux_lora.adapters import Adapters
 from flux_lora.beside import Beside
 from flux_lora.checkpoint import download
 from flux_lora.checkpoint.assembling import Checkpoints, open_directory
@@ -38,6 +38,7 @@ from flux_lora.pictures import Pictures
 from flux_lora.request import MAX_TEXT_TOKENS, SIZES
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
+from flux_lora.sources.local import operator_source
 from flux_lora.speed import attention, blocks, compilation, kernels, profiles, projections
 from flux_lora.speed.profiles import Profile
 from flux_lora.wording import say

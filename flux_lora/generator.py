@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from flux_lora.finishing import Drawn, Finisher
 from flux_lora.ledger import Finished, Ledger, Log, Record
 from flux_lora.lora.formats.triggers import without_trigger
 from flux_lora.lora.merge import AdapterSet, MergedModule
-from flux_lora.memory.placement import Placement
+from flux_lora.memory.placement import Placement, refusing
 from flux_lora.request import Request
 from flux_lora.speed import compilation, step_cache
 
@@ -129,9 +130,10 @@ class Generator:
         record("profile", environment.profile)
         record("attention", environment.attention)
         try:
+            self._clear(images)  # a request that was cancelled may have left something
             task = self._read_picture(request, ledger)
             size = task.size
-            return memory.with_fallback(
+            return memory.serve(
                 lambda: self._draw(task, ledger, images, observer), before_retry=lambda: self._clear(images)
             )
         except BaseException:
@@ -164,7 +166,6 @@ class Generator:
     def _draw(
         self, task: Task, ledger: Ledger, images: list[Future[Finished]], observer: Observer | None
     ) -> list[Path]:
-        self._clear(images)  # a request that was cancelled may have left something
         request = task.request
         parts, pipeline = self.parts, self._pipeline(request.model)
         directory = parts.outputs.start()
@@ -172,20 +173,23 @@ class Generator:
         self._announce(task, ledger)
 
         # 1. The adapters, merged into what this request uses: first into what reads the prompt.
+        own = any(source and scale for source, scale in request.adapters)
         with ledger.timed("adapter"):
-            adapters = parts.adapters.read(request.adapters, ledger.log)
+            with _own_fault(own):
+                adapters = parts.adapters.read(request.adapters, ledger.log)
             for adapter, scale in adapters:
                 if scale and (note := without_trigger(request.prompt, adapter.triggers)):
                     ledger.log(note)
             parts.memory.load_model(request.model)
-            _merge(parts.encoders, adapters, ledger)
+            with _own_fault(own):
+                _merge(parts.encoders, adapters, ledger)
 
         # 2. The prompt, read while the adapters are merged into the transformer, too.
         with ledger.timed("text"):
             reading = self._submit_reading(pipeline, request, adapters, ledger)
             if not overlap:
                 result(reading)
-        with ledger.timed("adapter"):
+        with ledger.timed("adapter"), _own_fault(own):
             _merge({request.model: parts.transformers[request.model]}, adapters, ledger)
         with ledger.timed("text"):
             embeddings = result(reading)
@@ -337,6 +341,11 @@ class Generator:
             output_quality=None if request.output_format == "png" else request.output_quality,
             environment=environment.model_copy(update={"memory": self.parts.memory.choice.label}),
         )
+
+
+def _own_fault(brings: bool) -> AbstractContextManager[None]:
+    """While what a request brings is merged: running out of memory is the request's fault, if it brings anything."""
+    return refusing("The LoRA of this request") if brings else nullcontext()
 
 
 def _merge(networks: Mapping[str, MergedModule], adapters: AdapterSet, ledger: Ledger) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import re
 import secrets
+from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
 from pydantic import (
@@ -30,8 +31,11 @@ from flux_lora.inputs import (
     schemas,
 )
 
-Wanted = tuple[str | None, float]
-"""A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale."""
+Wanted = tuple[str | Path | None, float]
+"""A fine-tune and its strength: where it comes from (None: the server's own fine-tune), and its scale.
+
+A ``Path`` is a file of whoever runs this process; a text may be a stranger's, and names what a request may name.
+"""
 
 MODELS: tuple[Model, ...] = get_args(Model)
 

@@ -3,20 +3,21 @@
 import argparse
 import errno
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
 from flux_lora import rules
-from flux_lora.commands import desktop, drawing_settings, flags, paths
+from flux_lora.commands import again, desktop, drawing_settings, flags, paths
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
 from flux_lora.inputs import DOCUMENTED, EXTENDED, Interface
-from flux_lora.request import MODELS, Request
+from flux_lora.request import Request, Wanted
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.wording import complain, printable
@@ -29,6 +30,7 @@ examples:
   scripts/predict -i prompt="a tomato" -i seed=7 -i lora_scale=0.5 -i num_outputs=4 -o tomato.webp
   echo '{"prompt": "a tomato", "seed": 7}' | scripts/predict --json -
   scripts/predict -i prompt="a photo of TOK" --lora ~/training/my-lora
+  scripts/predict -i prompt="a photo of TOK" --lora ~/training/my-lora 0.8 --lora loras/ink.safetensors 0.5
   scripts/predict --from outputs/0001-seed7.webp
   scripts/predict --extended -i prompt="a pear" -i image=@tomato.webp -i prompt_strength=0.6
 """
@@ -41,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.json is not None and options.input:
         parser.error("give the inputs with -i or with --json, not both")
-    if len(options.lora) > 1:
-        parser.error("--lora takes one LoRA, which draws in place of the one in the weights directory")
     try:
         return _predict(options)
     except FluxLoraError as error:
@@ -57,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     inputs = flags.read(options.input) if options.json is None else flags.read_json(options.json)
+    scales = [_scale(options.interface, *scale) for _, *scale in options.lora]
+    if options.source and any(scale for _, *scale in options.lora):
+        raise RequestError("--lora takes no scale with --from: the picture has it.")
+    if options.lora and options.lora[0][1:]:
+        if "lora_scale" in inputs:
+            raise RequestError("Give the scale of the first LoRA behind --lora or as lora_scale, not both.")
+        inputs["lora_scale"] = scales[0]
+    given = inputs.keys()
     source = None
     if options.source:
         source = provenance.read(options.source)
@@ -70,31 +78,32 @@ def _predict(options: argparse.Namespace) -> int:
         settings = settings.model_copy(update={"request_tokens": True})
     rules.check(request, settings)
     sources = Sources.from_settings(settings)
-    if options.lora:
-        settings = settings.model_copy(
-            update={"cog_weights": _operators_lora(options.lora[0], request, sources, settings)}
-        )
+    loras = [_operators_lora(lora, request, sources, settings) for lora, *_ in options.lora]
     for name in ("replicate_weights", "extra_lora"):
         if lora := getattr(request, name):
             named = paths.of_request(lora, settings.weights, name)
             sources.check(named, root=settings.weights)
             request = request.model_copy(update={name: named})
-    fine_tune = settings.cog_weights
+    fine_tune = loras[0] if loras else settings.cog_weights
+    more: list[Wanted] = [(_own(lora), scale) for lora, scale in zip(loras[1:], scales[1:], strict=True)]
     if source:
         from flux_lora.pictures import Pictures  # as late as assembly, below
 
         redraw.check_files(source, Pictures(sources).files(request))
-    if source and not options.lora and not request.replicate_weights:
-        loras = [redraw.find_lora(lora.digest, _loras(lora.digest, sources, settings)) for lora in source.loras]
-        fine_tune = str(loras[0]) if loras else None
-        if loras[1:] and not request.extra_lora:
-            request = request.model_copy(update={"extra_lora": flags.data_uri("extra_lora", loras[1])})
+    if source and not request.replicate_weights and not request.extra_lora:
+        found = again.find(source.loras, loras, sources, settings)
+        if found is not None:
+            if len(found) > 1 and "lora_scale" in given:
+                raise RequestError(
+                    f"lora_scale cannot be given: the picture has {len(found)} LoRAs, each with its own."
+                )
+            fine_tune, more = str(found[0][0]) if found else None, list(found[1:])
     metrics: dict[str, Any] = {}
 
     from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch
 
     with redirect_stdout(sys.stderr):
-        files = assemble(settings, fine_tune).draw(request, metrics.__setitem__)
+        files = assemble(settings, fine_tune).draw(request.with_more(*more), metrics.__setitem__)
     written = _keep_numbered(files) if options.output is None else _keep_as(files, options.output)
     if source:
         complain(f"{written[0]}: {redraw.compare(written[0], original, source)}")
@@ -121,16 +130,21 @@ def _operators_lora(named: str, request: Request, sources: Sources, settings: Se
     return lora
 
 
-def _loras(digest: str, sources: Sources, settings: Settings) -> Iterator[Path]:
-    """Where the LoRA with this digest may be: the operator's, in the cache of downloads, in the weights directory."""
-    if settings.cog_weights:
-        yield sources.fetch(settings.cog_weights, root=None)
-    if cached := sources.cached(digest):
-        yield cached
-    base = [settings.weights / name for name in (*MODELS, "safety_checker")]
-    for path in sorted(settings.weights.rglob("*.safetensors")):
-        if not any(path.is_relative_to(folder) for folder in base):
-            yield path
+def _own(lora: str) -> str | Path:
+    """A LoRA that ``--lora`` names, as a path where it is one: whoever calls may have it anywhere."""
+    return Path(lora) if os.path.exists(lora) else lora  # noqa: PTH110 - a data: URI is too long for a Path
+
+
+def _scale(interface: Interface, *words: str) -> float:
+    """The scale behind ``--lora SOURCE``."""
+    least, most = interface["lora_scale"].bounds or (-math.inf, math.inf)
+    try:
+        (scale,) = map(float, words or ("1",))
+        if not least <= scale <= most:
+            raise ValueError
+    except ValueError:
+        raise RequestError(f"--lora takes a scale from {least} to {most}, not {' '.join(words)!r}.") from None
+    return scale
 
 
 def _parser(interface: Interface) -> argparse.ArgumentParser:
@@ -153,9 +167,11 @@ def _parser(interface: Interface) -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora",
         action="append",
-        metavar="FILE_OR_SOURCE",
+        nargs="+",
+        metavar=("FILE_OR_SOURCE", "SCALE"),
         default=[],
-        help="draw with this LoRA: a file, a folder that holds one, an address, or an id",
+        help="draw with this LoRA: a file, a folder that holds one, an address, or an id; more are added, "
+        "each with its scale. With --from, where the picture's are",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="where to write (default: outputs/)")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw a picture of ours once more")

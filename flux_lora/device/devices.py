@@ -1,6 +1,7 @@
 """The device that draws: choosing it, naming it, and how much memory it has left."""
 
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,12 @@ def free_memory(device: torch.device) -> int:
         allocated = torch.cuda.memory_allocated(device)
         cached = torch.cuda.memory_reserved(device) - allocated
         return min(free + cached, int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated)
-    return min([int(psutil.virtual_memory().available), *_container_memory()])
+    return min([int(psutil.virtual_memory().available), *_container_memory(), *_address_space()])
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes of a device that this process has allocated."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def cap(device: torch.device, size: int) -> None:
@@ -67,6 +73,13 @@ def _container_memory() -> Iterator[int]:
         except (OSError, ValueError):  # no such group, or the limit is "max"
             continue
         yield max(0, most - now)
+
+
+def _address_space() -> Iterator[int]:
+    """What is left of this process's address space, where it is limited (``ulimit -v``)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def computes(device: torch.device) -> bool:

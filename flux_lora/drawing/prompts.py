@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Container, Hashable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class PromptEncoder:
             return known
         for_clip, for_t5 = prompt, None
         if len(prompt) > LONG:
-            for_clip, for_t5 = _beginning(pipeline.tokenizer, prompt, pipeline.tokenizer.model_max_length)[0], prompt
+            for_clip, _ = _beginning(pipeline.tokenizer, prompt, pipeline.tokenizer.model_max_length)
+            for_clip, for_t5 = _condensed(pipeline.tokenizer, for_clip), _condensed(pipeline.tokenizer_2, prompt)
         with torch.no_grad():
             tokens, pooled, _ = pipeline.encode_prompt(prompt=for_clip, prompt_2=for_t5, max_sequence_length=limit)
         embeddings = Embeddings(tokens, pooled)
@@ -120,3 +121,17 @@ def _beginning(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, int]
         elif end == len(prompt):
             return prompt, end
         size *= 4  # spaces, and characters that are nothing to the tokenizer, or one token however many they are
+
+
+def _condensed(tokenizer: Tokenizer, prompt: str) -> str:
+    """A text with the same tokens, without most of what is nothing to a tokenizer, or one token however long it is.
+
+    Whoever encodes a prompt tokenizes it several times.
+    """
+    if len(prompt) <= LONG:
+        return prompt
+    encoding = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+    ends = sorted({0, len(prompt), *(index for span in encoding["offset_mapping"] for index in span)})
+    shorter = "".join(prompt[start : min(stop, start + MARGIN)] for start, stop in pairwise(ends))
+    same = tokenizer(shorter, verbose=False)["input_ids"] == encoding["input_ids"]
+    return shorter if same else prompt

@@ -17,6 +17,7 @@ from flux_lora.files import provenance
 from flux_lora.files.record import Parameters
 from flux_lora.files.signing import Signer
 from flux_lora.inputs import OutputFormat
+from flux_lora.storage import write_whole
 
 FULL_CHROMA_QUALITY = 90
 """JPEG quality from which colour keeps its full resolution (4:4:4), as in ImageMagick."""
@@ -48,12 +49,9 @@ def write(content: bytes, path: Path) -> None:
     Raises:
         OutputError: the file could not be written.
     """
-    unfinished = path.with_name(f"{path.name}.part")
     try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
 
 

@@ -1,23 +1,26 @@
-"""A picture of ours -> the inputs and the fine-tune that draw it again, and how the new one compares with it."""
+"""A picture of ours -> the inputs and the LoRAs that draw it again, and how the new one compares with it."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
 
 from flux_lora.errors import OutputError, RequestError, SourceError
 from flux_lora.files import provenance
-from flux_lora.files.record import OWN, Parameters
+from flux_lora.files.record import OWN, Lora, Parameters
 from flux_lora.files.signing import unsigned
 from flux_lora.inputs import DOCUMENTED, SMALLEST_SIDE, Interface
 from flux_lora.request import SIZES
+from flux_lora.storage import sha256_of
 
 
 def inputs_of(parameters: Parameters, interface: Interface = DOCUMENTED) -> dict[str, object]:
     """The inputs that ask for one picture with these parameters, but for what names LoRAs, image and mask.
+
+    Of its LoRAs they hold only the scale of the first.
 
     Args:
         parameters: what the picture's record says.
@@ -26,15 +29,11 @@ def inputs_of(parameters: Parameters, interface: Interface = DOCUMENTED) -> dict
     Raises:
         RequestError: no inputs do, or only those of another interface.
     """
-    if len(parameters.loras) > 2:
-        raise RequestError(f"The picture was drawn with {len(parameters.loras)} LoRAs; two can be asked for at most.")
-    scales = [lora.scale for lora in parameters.loras]
     inputs = {
         "prompt": parameters.prompt,
         **_shape(parameters),
         "num_outputs": 1,
-        "lora_scale": scales[0] if scales else 0,
-        "extra_lora_scale": scales[1] if len(scales) > 1 else None,
+        "lora_scale": parameters.loras[0].scale if parameters.loras else 0,
         "go_fast": parameters.go_fast or None,
         "num_inference_steps": parameters.num_inference_steps,
         "model": parameters.model,
@@ -88,24 +87,35 @@ def _shape(parameters: Parameters) -> dict[str, object]:
     return {"aspect_ratio": "custom", "width": width, "height": height}
 
 
-def find_lora(digest: str, candidates: Iterable[Path]) -> Path:
-    """Find the LoRA of a picture among files.
+def find_loras(loras: Sequence[Lora], candidates: Iterable[Path]) -> dict[str, Path]:
+    """Find the LoRAs of a picture among files.
 
     Args:
-        digest: SHA-256 of the file, as the picture's record has it.
-        candidates: files that may be it, the most likely ones first; one that is missing is passed over.
+        loras: as the picture's record has them.
+        candidates: files that may be one of them, the most likely ones first; what cannot be read is passed over.
+
+    Returns:
+        The file of each digest.
 
     Raises:
-        SourceError: it is none of them.
+        SourceError: some are not there; the message says which.
     """
-    for path in filter(Path.is_file, candidates):
-        with suppress(OSError), path.open("rb") as file:
-            if file_digest(file, "sha256").hexdigest() == digest:
-                return path.absolute()
-    raise SourceError(
-        f"The picture was drawn with the LoRA of SHA-256 {digest}, which is not at hand. Put its file into "
-        "the weights directory, or name it with COG_WEIGHTS."
-    )
+    wanted, found = {lora.digest: lora for lora in loras}, dict[str, Path]()
+    files = filter(Path.is_file, candidates)
+    while wanted and (path := next(files, None)):
+        with suppress(OSError):
+            if wanted.pop(digest := sha256_of(path), None):
+                found[digest] = path.absolute()
+    if wanted:
+        missing = " and ".join(
+            f"SHA-256 {digest}" + (f" ({lora.name!r})" if lora.name else "") for digest, lora in wanted.items()
+        )
+        which = f"the LoRA of {missing}, which" if len(loras) == 1 else f"{len(loras)} LoRAs, of which {missing}"
+        raise SourceError(
+            f"The picture was drawn with {which} {'is' if len(wanted) == 1 else 'are'} not at hand. Put its file into "
+            "the weights directory, or name it with --lora."
+        )
+    return found
 
 
 def compare(new: Path, original: bytes, parameters: Parameters) -> str:

@@ -222,7 +222,8 @@ class MergedModule:
     def _bind(self, update: Update, device: torch.device) -> Delta:
         def pristine() -> Tensor:
             parts = [self._read_pristine(rows.parameter)[rows.start : rows.stop] for rows in update.target]
-            return torch.cat([part.to(device, torch.float32) for part in parts])
+            there = [part.to(device, torch.float32) for part in parts]
+            return torch.cat(there) if len(there) > 1 else there[0]
 
         return update.delta(device, pristine)
 

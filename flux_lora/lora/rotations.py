@@ -64,7 +64,9 @@ def _stage(turned: Tensor, blocks: Tensor, order: Tensor | None) -> Tensor:
     size = len(turned)
     ordered = turned if order is None else turned[order]
     parts = ordered.reshape(size // blocks.shape[-1], blocks.shape[-1], -1)
+    del ordered
     multiplied = torch.matmul(blocks, parts).reshape(size, -1)
+    del parts
     return multiplied if order is None else torch.empty_like(multiplied).index_copy_(0, order, multiplied)
 
 

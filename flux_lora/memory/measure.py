@@ -1,7 +1,7 @@
 """How much memory there is, measured, and how much the models take, from their files' headers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from flux_lora.device import devices
 from flux_lora.inputs import LARGEST_SIDE
 from flux_lora.memory.plans import Room, Sizes, Weights
 from flux_lora.request import MAX_TEXT_TOKENS
+
+CPU = torch.device("cpu")
 
 CONTEXT_BYTES = 640 * 2**20
 """What the driver counts for a process beside its tensors: context, kernels, libraries' handles.
@@ -39,13 +41,28 @@ DECODE_TENSORS, STRIPS_TENSORS = 3.05, 1.7
 ENCODE_TENSORS, ENCODE_STRIPS_TENSORS = 5.05, 2.25
 """The same of the encoder, for each pixel and channel of its first block; counted: 5.0 whole, 2.18 in strips."""
 
+MERGE_COPIES, TABLE_COPIES = 8, 3
+"""Copies in float32 of the largest layer that one update covers, and of a table, that live at once while it is merged.
 
-def available_room(device: torch.device, asked: int | None) -> Room:
+Counted: a LoRA 1, LoKr 2, LoHa 3, DoRA 2 to 5, OFT 4, BOFT 6; and one more for another adapter that is merged with it.
+"""
+
+COVERED_AT_ONCE = ("to_q.weight", "to_k.weight", "to_v.weight", "proj_mlp.weight")
+"""How the weights of a block end that its first authors, and so many fine-tunes, have as one."""
+
+
+def available_room(device: torch.device, asked: int | None, own: Mapping[str, int] | None = None) -> Room:
     """Measure what may be taken: the least of free memory, the allocator's cap, and ``FLUX_MEMORY_BUDGET``.
 
     On a GPU a budget becomes the allocator's cap, with room for the context, so that the process keeps to it.
+
+    Args:
+        device: computes.
+        asked: the budget; None: there is none.
+        own: what this process would give back, in bytes by the type of the device (``cpu``, ``cuda``).
     """
-    host = devices.free_memory(torch.device("cpu")) - HOST_RESERVE
+    own = own or {}
+    host = devices.free_memory(CPU) - HOST_RESERVE + own.get("cpu", 0)
     if device.type == "cpu":
         allowed = host if asked is None else min(host, asked)
         return Room(allowed, host, shared=True, limited_by=_limit(host, allowed))
@@ -53,7 +70,23 @@ def available_room(device: torch.device, asked: int | None) -> Room:
     if asked is not None:
         devices.cap(device, max(0, asked - CONTEXT_BYTES))
     allowed = devices.free_memory(device)
-    return Room(allowed, host, limited_by=_limit(measured, allowed))
+    return Room(allowed + own.get(device.type, 0), host, limited_by=_limit(measured, allowed))
+
+
+def remeasured(device: torch.device, asked: int | None) -> Callable[[], Room]:
+    """From now on, measure what may be taken if this process gives back what it has taken since.
+
+    Args:
+        device: as for `available_room`.
+        asked: likewise.
+    """
+    before = {each.type: devices.held_memory(each) for each in {device, CPU}}
+
+    def measure() -> Room:
+        own = {each.type: devices.held_memory(each) - before[each.type] for each in {device, CPU}}
+        return available_room(device, asked, own)
+
+    return measure
 
 
 def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dtype) -> Sizes:
@@ -67,6 +100,7 @@ def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dty
         weights("text_encoder_2", shared["text_encoder_2"]),
         transformers,
         *working_bytes(transformer.config, vae.config, dtype.itemsize),
+        merging_bytes(networks),
     )
 
 
@@ -87,6 +121,20 @@ def working_bytes(transformer: Mapping[str, Any], vae: Mapping[str, Any], bytes_
         *(int(each * decoding) for each in (DECODE_TENSORS, STRIPS_TENSORS)),
         *(int(each * encoding) for each in (ENCODE_TENSORS, ENCODE_STRIPS_TENSORS)),
     )
+
+
+def merging_bytes(networks: Mapping[str, Mapping[str, Network]]) -> int:
+    """What merging adapters takes beside the weights and what they keep of them, whatever their algorithms."""
+    most = 0
+    for component in ("transformer", "text_encoder", "text_encoder_2"):
+        for network in {id(each): each for each in (of_model[component] for of_model in networks.values())}.values():
+            blocks = block_names(component, network).values()
+            fused = [
+                sum(network.parameters[n].numel() for n in names if n.endswith(COVERED_AT_ONCE)) for names in blocks
+            ]
+            largest = max(parameter.numel() for parameter in network.parameters.values())
+            most = max(most, MERGE_COPIES * max(fused, default=0), TABLE_COPIES * largest)
+    return most * torch.float32.itemsize
 
 
 def weights(component: str, network: Network) -> Weights:

@@ -4,8 +4,10 @@ What leaves the device is not copied back: its home, in host memory or in its fi
 adapters are merged anew when it returns. Streamed blocks live in host memory, and are merged there.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -30,6 +32,9 @@ Reads = list[tuple[StoredTensor, Tensor]]
 OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory", "out of memory")
 """What libraries say in a plain RuntimeError when memory ran out."""
 
+MOST_REQUESTS_BETWEEN = 64
+"""Attempts to come back to the plan of set-up: each reads weights anew, and a vain one draws twice."""
+
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error means that memory ran out."""
@@ -45,7 +50,7 @@ def place(
     dtype: torch.dtype,
     log: Log,
     scheme: Scheme | None = None,
-    room: Room | None = None,
+    room: Room | Callable[[], Room] | None = None,
 ) -> "Placement":
     """Choose a memory plan for what there is room for, say so, and load the weights as it says.
 
@@ -56,16 +61,19 @@ def place(
         dtype: of the weights.
         log: receives one readable line at a time.
         scheme: how the speed profile quantizes transformers, if it does; what is streamed is not quantized.
-        room: what the models may take; None: what is measured.
+        room: what the models may take, or what says so at any time; None: what is measured.
 
     Raises:
         DeviceMemoryError: no plan fits; the message holds the numbers.
         WeightsError: a file cannot be read.
     """
     sizes = measure.needed_sizes(checkpoints.networks, dtype)
-    room = room or measure.available_room(device, settings.memory_budget)
-    choice = plans.choose_plan(sizes, room, lossy=scheme is not None, named=settings.memory_plan)
-    memory = Placement(checkpoints, sizes, room, choice, device, log, scheme)
+    if isinstance(room, Room):
+        look: Callable[[], Room] = partial(lambda given: given, room)
+    else:
+        look = room or measure.remeasured(device, settings.memory_budget)
+    choice = plans.choose_plan(sizes, look(), lossy=scheme is not None, named=settings.memory_plan)
+    memory = Placement(checkpoints, sizes, look, choice, device, log, scheme)
     log(memory.describe())
     memory.with_fallback(lambda: memory.load_model(next(iter(checkpoints.networks))))
     return memory
@@ -227,14 +235,58 @@ class Placed:
             call(names)
 
 
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Let memory that runs out be the fault of what a request brought, for which no plan is changed.
+
+    Args:
+        what: begins the message.
+
+    Raises:
+        DeviceMemoryError: it ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise DeviceMemoryError(
+            f"{what} takes more memory than there is ({_shortage(error)}): use one of a lower rank, or fewer at once."
+        ) from None
+
+
+def _shortage(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@dataclass
+class _Return:
+    """When to come back to a plan that a request has left: at once, and after each vain attempt twice as late."""
+
+    due: int = 1
+    """Requests from the last attempt to the next."""
+    waited: int = 0
+    left_for: Choice | None = None
+    """The smaller plan, which was enough; it is taken at once when the attempt is vain."""
+
+    def is_due(self) -> bool:
+        """Count a request."""
+        self.waited += 1
+        return self.waited >= self.due
+
+    def attempt(self, smaller: Choice) -> None:
+        """Begin an attempt."""
+        self.due, self.waited, self.left_for = min(2 * self.due, MOST_REQUESTS_BETWEEN), 0, smaller
+
+
 class Placement:
-    """All networks of a server under one plan, and under a smaller one when memory has run out."""
+    """All networks of a server under one plan, and under a smaller one while memory does not suffice."""
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         sizes: Sizes,
-        room: Room,
+        room: Callable[[], Room],
         choice: Choice,
         device: torch.device,
         log: Log,
@@ -243,7 +295,9 @@ class Placement:
         """Take networks without weights; `load_model` loads them."""
         self._sizes, self._room, self._device, self._log = sizes, room, device, log
         self._load_weights = checkpoints.fill
-        self.choice = choice
+        self.choice = self._best = choice
+        self._by_the_numbers = plans.fits(choice, room())  # a plan that was named may not fit
+        self._return = _Return()
         shared = next(iter(checkpoints.networks.values()))
         self._placed: dict[str, Placed] = {}
         for key, component, network in (
@@ -297,16 +351,46 @@ class Placement:
         if stream := self._placed["text_encoder_2"].stream:
             stream.free_slots()
 
-    def with_fallback(self, work: Callable[[], Done], before_retry: Callable[[], None] = lambda: None) -> Done:
-        """Do some work; when memory runs out, do all of it again under the next plan of the same precision, once.
+    def with_fallback(self, work: Callable[[], Done]) -> Done:
+        """Do some work of set-up; when memory runs out, do all of it again under the next plan of the same precision.
+
+        Requests are then served under that plan.
 
         Args:
             work: may be done twice.
+
+        Raises:
+            DeviceMemoryError: memory ran out under both plans, or there is no smaller one.
+        """
+        try:
+            return self._fall_and_retry(work, lambda: None)
+        finally:
+            self._best = self.choice
+
+    def serve(self, work: Callable[[], Done], before_retry: Callable[[], None]) -> Done:
+        """Do a request's work; when memory runs out, do all of it again under the next plan of the same precision.
+
+        The next request comes back to the plan of set-up, if there is room. If memory runs out once more, then the next
+        but one does, and so on, twice as late each time, until one is served under that plan.
+
+        Args:
+            work: may be done twice; nothing of an earlier request is running.
             before_retry: ends what the first attempt has left running.
 
         Raises:
             DeviceMemoryError: memory ran out under both plans, or there is no smaller one.
         """
+        if self.choice != self._best and self._return.is_due() and self._has_room_for_best():
+            self._return.attempt(self.choice)
+            self._change(self._best)
+            self._log("there may be room again: back to the plan of set-up")
+            self._log(self.describe())
+        done = self._fall_and_retry(work, before_retry)
+        if self.choice == self._best:
+            self._return = _Return()
+        return done
+
+    def _fall_and_retry(self, work: Callable[[], Done], before_retry: Callable[[], None]) -> Done:
         tried = []
         for last in (False, True):
             try:
@@ -314,7 +398,7 @@ class Placement:
             except Exception as error:
                 if not ran_out(error):
                     raise
-                shortage = str(error).partition("\n")[0] or type(error).__name__
+                shortage = _shortage(error)
             # Only here, beyond the handler, is free what the failed attempt had allocated: the traceback held it.
             before_retry()
             release(self._device)
@@ -331,21 +415,30 @@ class Placement:
 
     def describe(self) -> str:
         """Plan, budget and what lives where, in one line."""
-        return describe(self.choice, self._sizes, self._room)
+        return describe(self.choice, self._sizes, self._room())
+
+    def _has_room_for_best(self) -> bool:
+        return not self._by_the_numbers or plans.fits(self._best, self._room())
 
     def _fall(self) -> bool:
         """Change to the next plan of the same precision; False, and nothing is changed, when there is none."""
+        smaller, self._return.left_for = self._return.left_for, None
         try:
-            self.choice = plans.choose_plan(self._sizes, self._room, lossy=self._quantizes, after=self.choice)
+            smaller = smaller or plans.choose_plan(self._sizes, self._room(), lossy=self._quantizes, after=self.choice)
         except DeviceMemoryError:
             return False
+        self._change(smaller)
+        return True
+
+    def _change(self, choice: Choice) -> None:
+        """Let the weights live as another plan says, from the next `load_model` on."""
+        self.choice = choice
         for placed in self._placed.values():
             orders = self._orders(placed.component)
             if orders != placed.orders:
                 placed.unload()
                 placed.orders = orders
         release(self._device)
-        return True
 
     def _orders(self, component: str) -> Orders:
         plan, count = self.choice.plan, len(self._sizes.transformers)

@@ -92,6 +92,8 @@ class Sizes:
     """The same while a source image of that size is encoded whole, before anything is denoised …"""
     encode_strips: int
     """… and in strips."""
+    merge: int = 0
+    """Tensors that live at once while adapters are merged, when nothing is drawn."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def _needs(plan: Plan, sizes: Sizes, strips: bool, kept: bool, stay: int) -> Cho
     largest = max(weights.total for weights in transformers)
     everything = sum(weights.total for weights in transformers)
     encode, decode = (sizes.encode_strips, sizes.decode_strips) if strips else (sizes.encode, sizes.decode)
-    work = MARGIN * max(encode, sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode))
+    drawing = sizes.denoise + decode if plan.overlap else max(sizes.denoise, decode)
+    work = MARGIN * max(encode, drawing, sizes.merge)
     device, host = sizes.small, 0
     match transformers_where(plan, len(transformers)):
         case "device":

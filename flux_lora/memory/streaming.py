@@ -60,8 +60,10 @@ class Stream:
         """The device memory that blocks pass through; empty while nothing computes."""
         self._free: list[int] = []
         self._coming: dict[int, tuple[int, Any]] = {}  # block -> its slot, and what to wait for
+        # A module's call is no longer what was compiled, since it sends blocks.
+        self._compiled = [(module, module._compiled_call_impl) for module in modules]
         for module in modules:
-            module._compiled_call_impl = None  # its call is no longer what was compiled, since it sends blocks
+            module._compiled_call_impl = None
         self._within: dict[
             tuple[int, int], Mapping[str, Tensor]
         ] = {}  # (block, slot) -> weights; making them takes time
@@ -93,6 +95,8 @@ class Stream:
         self.free_slots()
         for hook in self._hooks:
             hook.remove()
+        for module, compiled in self._compiled:
+            module._compiled_call_impl = compiled
 
     def _before(self, index: int, *_: Any) -> None:
         if not self.slots:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flux_lora.errors import SourceError
 from flux_lora.sources.cache import Identity, Part, Validator
 from flux_lora.sources.guard import Network, host_of, parse_url
-from flux_lora.sources.tokens import Tokens
+from flux_lora.sources.tokens import Tokens, one_service
 from flux_lora.sources.transport import GuardedTransport, TransferError, too_large
 
 MAX_REDIRECTS = 10
@@ -207,7 +207,7 @@ class Client:
                 if not (location := response.headers["location"]):
                     raise SourceError(f"{host_of(target)} redirects without saying where to")
                 former, target = target, parse_url(location, target)
-                stranger = stranger or host_of(former) != host_of(target)
+                stranger = stranger or not one_service(host_of(former), host_of(target))
             finally:
                 response.close()
         raise SourceError(f"it redirects more than {MAX_REDIRECTS} times")

@@ -8,14 +8,20 @@ from pydantic import SecretStr
 
 from flux_lora.errors import SettingsError
 from flux_lora.settings import Settings
+from flux_lora.sources.address import CIVITAI
 
 VARIABLES = {
     "huggingface.co": "HF_TOKEN",
-    "civitai.com": "CIVITAI_TOKEN",
+    **dict.fromkeys(CIVITAI, "CIVITAI_TOKEN"),
     "replicate.com": "REPLICATE_API_TOKEN",
     "api.replicate.com": "REPLICATE_API_TOKEN",
 }
 """Which token a host may see. The names are exact: no subdomain, no mirror and no storage host sees any."""
+
+
+def one_service(host: str, other: str) -> bool:
+    """Whether two hosts are the same, or see the same token anyway."""
+    return host == other or (host in VARIABLES and VARIABLES[host] == VARIABLES.get(other))
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,9 @@ def _plain_reasons(host: str) -> Iterator[None]:
         raise TransferError(f"{host} does not answer, or too slowly") from None
     except httpcore2.ConnectError as error:
         if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            raise SourceError(f"{host} has no valid certificate: {error.__cause__.verify_message}") from None
+            raise SourceError(
+                f"{host} has no valid certificate: {error.__cause__.verify_message.rstrip('.')}"
+            ) from None
         raise TransferError(f"{host} cannot be reached") from None
     except (httpcore2.NetworkError, httpcore2.ProtocolError):
         raise TransferError(f"{host} broke the connection off") from None

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,15 @@ def test_a_container_limit_counts_as_the_machines_memory(
         assert measured == pytest.approx(psutil.virtual_memory().available, rel=0.1)
     else:
         assert measured == free
+
+
+def test_a_limited_address_space_counts_too() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, limits[1]))
+        assert 2**27 < devices.free_memory(CPU) <= 2**28 + 2**24
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("name", ["xyz", "mps", "cuda:x", "CPU"])

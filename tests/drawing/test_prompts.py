@@ -138,7 +138,7 @@ def test_what_is_tokenized_does_not_grow_with_the_prompt(pipeline: FluxPipeline,
 
     text, _ = read_part(Counting(pipeline.tokenizer_2), piece * 1_000_000, 512)
     reader = Reader(pipeline)
-    reader.tokenizer = Counting(pipeline.tokenizer)
+    reader.tokenizer, reader.tokenizer_2 = Counting(pipeline.tokenizer), Counting(pipeline.tokenizer_2)
     PromptEncoder(capacity=0).encode(reader, text, 512, ())
     assert sum(lengths) < 100_000
     assert len(text) < 50_000
@@ -167,3 +167,32 @@ def test_the_miniature_lists_the_words_that_its_tokenizers_know_whole(pipeline: 
     whole = {word.removeprefix("▁").lower() for word in vocabulary if len(word) > 2 or word == "▁a"}
     assert known == frozenset(whole - {"</s>", "<pad>", "<unk>"})
     assert {word for word in known if len(pipeline.tokenizer(word).input_ids) > 3} == set()
+
+
+RUNS = {
+    "emoji": "\U0001f600",
+    "a family": "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "Chinese": "\u7ea2\u8272",
+    "what takes no room": "\u200b",
+    "accents": "e\u0301\u0301\u0301",
+    "controls": "\x01",
+    "blanks": " \t\xa0",
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_is_one_token_or_none_is_condensed(run: str, pipeline: FluxPipeline) -> None:
+    prompt = f"a red {RUNS[run] * 12_000} tomato on {RUNS[run] * 9_000}"
+    seen: list[int] = []
+
+    class Measuring(Reader):
+        def encode_prompt(self, *prompts: Any, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            seen.append(max(len(arguments["prompt"]), len(arguments["prompt_2"])))
+            return super().encode_prompt(*prompts, **arguments)
+
+    text, cut = read_part(pipeline.tokenizer_2, prompt, 512)
+    found = PromptEncoder(capacity=0).encode(Measuring(pipeline), text, 512, ())
+    assert seen[0] < 10_000 or cut
+    tokens, pooled, _ = pipeline.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=512)
+    assert torch.equal(found.tokens, tokens)
+    assert torch.equal(found.pooled, pooled)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux_lora.errors import RequestError
+from flux_lora.errors import RequestError, SourceError
 from flux_lora.files import outputs, provenance, redraw
 from flux_lora.files.record import Environment, Lora, Parameters, Software, Source
 from flux_lora.inputs import EXTENDED
@@ -149,14 +149,9 @@ IMAGE, MASK = b"the image's file", b"the mask's"
 SOURCE = Source(image=sha256(IMAGE).hexdigest(), mask=sha256(MASK).hexdigest(), prompt_strength=0.65, megapixels="0.25")
 
 
-def test_more_loras_than_can_be_asked_for_are_refused() -> None:
+def test_of_several_loras_the_first_scale_is_an_input() -> None:
     two = PARAMETERS.model_copy(update={"loras": (LORA, OTHER), "width": 256, "height": 256})
-    with pytest.raises(RequestError, match=r"does not have \(extra_lora_scale\): .*--extended"):
-        redraw.inputs_of(two)
-    asked = redraw.inputs_of(two, EXTENDED)
-    assert (asked["lora_scale"], asked["extra_lora_scale"]) == (0.5, 3)
-    with pytest.raises(RequestError, match="3 LoRAs"):
-        redraw.inputs_of(two.model_copy(update={"loras": (LORA, LORA, OTHER)}), EXTENDED)
+    assert redraw.inputs_of(two)["lora_scale"] == redraw.inputs_of(two, EXTENDED)["lora_scale"] == 0.5
 
 
 @pytest.mark.parametrize("size", [(128, 128), (136 * 2, 160), (720, 128), (512, 512), (1344, 768), (256, 1440)])
@@ -189,3 +184,17 @@ def test_the_files_that_a_picture_was_drawn_from_are_asked_for_by_their_digests(
 def test_older_records_do_not_say_how_many_steps_were_reused(tmp_path: Path) -> None:
     now = PARAMETERS.model_copy(update={"reused_steps": 0})
     assert compared(tmp_path, (GREEN, now)) == "not the same: although all parameters are equal"
+
+
+def test_missing_loras_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "folder").mkdir()
+    here = Lora(digest=sha256(b"a").hexdigest(), scale=1)
+    candidates = [tmp_path / "nothing", tmp_path / "folder", tmp_path / "a"]
+    assert redraw.find_loras([here], candidates) == {here.digest: tmp_path / "a"}
+    assert redraw.find_loras([], candidates) == {}
+    others = [LORA, Lora(digest="b2" * 32, scale=1, name="ink\x1b")]
+    with pytest.raises(
+        SourceError, match=rf"3 LoRAs, of which SHA-256 {'a1' * 32} and SHA-256 {'b2' * 32} \('ink\\x1b'\)"
+    ):
+        redraw.find_loras([here, *others], candidates)

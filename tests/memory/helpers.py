@@ -33,6 +33,7 @@ FLUX = Sizes(
     decode_strips=1_805_000_000,
     encode=2_681_000_000,
     encode_strips=1_194_000_000,
+    merge=8 * 4 * 7 * WIDTH * WIDTH,  # query, key, value and the MLP's four of a single block, as one
 )
 DEV_ALONE = replace(FLUX, transformers={"dev": DEV})
 

@@ -17,6 +17,11 @@ from flux_lora.checkpoint import assembling
 from flux_lora.checkpoint.assembling import Network
 from flux_lora.device import devices
 from flux_lora.drawing import strips
+from flux_lora.lora import merge
+from flux_lora.lora.deltas import Hadamard, Kronecker, LowRank, Magnitude, Rows, Update, Whole
+from flux_lora.lora.formats import Adapter
+from flux_lora.lora.merge import MergedModule
+from flux_lora.lora.rotations import PeftOft, Rotation, peft_boft
 from flux_lora.memory import measure
 from flux_lora.memory.measure import working_bytes
 from flux_lora.memory.plans import Room
@@ -42,6 +47,12 @@ def test_the_weights_of_flux_are_as_counted_by_hand() -> None:
     assert measure.weights("transformer", network(dev)) == DEV
     assert measure.weights("transformer", network(schnell)) == SCHNELL
     assert measure.weights("text_encoder_2", network(encoder)) == T5
+    networks = {
+        "transformer": network(dev),
+        "text_encoder": network(nn.Linear(1, 1)),
+        "text_encoder_2": network(encoder),
+    }
+    assert measure.merging_bytes({"dev": networks}) == FLUX.merge
 
 
 def test_blocks_are_in_the_order_in_which_they_compute() -> None:
@@ -137,6 +148,53 @@ def test_working_memory_is_what_a_dry_run_at_the_largest_size_takes(monkeypatch:
     assert measured == pytest.approx(expected, rel=0.01)
 
 
+WIDTH = 256
+PARTS = {"q": 1, "k": 1, "v": 1, "mlp": 4}
+COVERED = tuple(Rows(f"{name}.weight", 0, times * WIDTH) for name, times in PARTS.items())
+ROWS = 7 * WIDTH
+
+
+def factors(*, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(ROWS, rank), torch.randn(rank, WIDTH)
+
+
+def updates() -> dict[str, Update]:
+    """Of a layer in four parts, as each algorithm has it."""
+    low_rank, loha = LowRank(COVERED, *factors(), 1.0), Hadamard(COVERED, factors(), factors(), 1.0)
+    blocks, halves = torch.randn(2, WIDTH // 32, 32, 32) / 100, torch.arange(WIDTH).flip(0)
+    return {
+        "LoRA": low_rank,
+        "LoHa": loha,
+        "LoKr": Kronecker(COVERED, (torch.randn(7, 8),), (torch.randn(WIDTH, WIDTH // 8),), 1.0),
+        "whole": Whole(COVERED, torch.randn(ROWS, WIDTH)),
+        "DoRA": Magnitude(low_rank, torch.rand(ROWS, 1), 0.0),
+        "DoRA of LoHa": Magnitude(loha, torch.rand(ROWS, 1), 0.0),
+        "OFT": Rotation(COVERED, "columns", torch.randn(WIDTH // 32, 31 * 16) / 100, PeftOft()),
+        "BOFT": Rotation(COVERED, "columns", blocks, peft_boft, (None, halves)),
+    }
+
+
+def test_merging_takes_what_is_counted_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any algorithm beside another one, with all rows of a weight at a time, as on a GPU."""
+    monkeypatch.delitem(merge.BLOCK_ELEMENTS, "cpu")
+    monkeypatch.setattr(merge, "_has_room", lambda *_: True)
+    peaks = {}
+    for name, update in updates().items():
+        module = nn.ModuleDict({part: nn.Linear(WIDTH, n * WIDTH, bias=False) for part, n in PARTS.items()}).bfloat16()
+        merged = MergedModule("transformer", module.requires_grad_(False), {}, programs=False)
+        both = [
+            Adapter(digit * 64, "", "", "", {"transformer": (each,)}, {}, "", 0)
+            for digit, each in zip("ab", (updates()["LoHa"], update), strict=True)
+        ]
+        merged.bring([(adapter, 0.5) for adapter in both])  # from here on the base weights are kept
+        with Live(module) as live:
+            merged.bring([(adapter, 1.0) for adapter in both])
+        peaks[name] = live.peak / (4 * ROWS * WIDTH)
+    assert max(peaks.values()) <= measure.MERGE_COPIES
+    assert max(peaks.values()) >= measure.MERGE_COPIES - 1
+    assert peaks["LoRA"] < 4
+
+
 def test_on_a_cpu_device_and_host_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "free_memory", lambda _: 20 * GB)
     free = 20 * GB - measure.HOST_RESERVE
@@ -173,6 +231,18 @@ def test_on_a_gpu_the_least_of_free_memory_cap_and_budget_counts(monkeypatch: py
     assert card.fraction * 80 * GB == pytest.approx(24 * GB - measure.CONTEXT_BYTES)  # and the allocator keeps to it
     measure.available_room(CUDA, 60 * GB)
     assert card.fraction * 80 * GB < 24 * GB  # a cap in force is not raised
+
+
+def test_what_this_process_has_taken_since_may_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card(monkeypatch, total=80, free=50)
+    look = measure.remeasured(CUDA, None)
+    assert look().device == measure.available_room(CUDA, None).device == 51 * GB
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 25 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 26 * GB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (26 * GB, 80 * GB))
+    assert look().device == 51 * GB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GB, 80 * GB))  # somebody else takes 20
+    assert look().device == 31 * GB
 
 
 def test_a_container_limit_bounds_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

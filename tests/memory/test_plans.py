@@ -86,13 +86,13 @@ def test_a_container_without_room_for_both_reads_them_from_their_files() -> None
 
 
 def test_a_plan_that_the_host_cannot_hold_is_not_chosen() -> None:
-    with pytest.raises(DeviceMemoryError, match=r"24\.2 GiB of the host .*streamed.* 14\.9 GiB of the host"):
+    with pytest.raises(DeviceMemoryError, match=r"24\.6 GiB of the host .*streamed.* 14\.9 GiB of the host"):
         choose_plan(FLUX, gpu(12, host=16))
     assert choose_plan(FLUX, gpu(80, host=4)).label == "resident"
 
 
 def test_too_small_a_device_is_refused_with_the_numbers() -> None:
-    with pytest.raises(DeviceMemoryError, match=r"need 4\.1 GiB of the device .*there are 2\.2 GiB of the device"):
+    with pytest.raises(DeviceMemoryError, match=r"need 4\.5 GiB of the device .*there are 2\.2 GiB of the device"):
         choose_plan(FLUX, gpu(3))
 
 

@@ -146,3 +146,19 @@ def test_an_interrupted_pass_leaves_the_next_one_right(interrupted: int) -> None
             stream.reset()
         assert torch.equal(module(x), expected)
         assert torch.equal(module(x), expected)
+
+
+def test_what_was_compiled_is_called_again_at_the_end() -> None:
+    module = Blocks(3)
+    called = []
+    for index, block in enumerate(module.blocks):
+        block._compiled_call_impl = lambda hidden, index=index, block=block: (
+            called.append(index),
+            block.forward(hidden),
+        )[1]
+    stream, _ = streamed(module, [0, 2])
+    expected = module(torch.ones(2, 8))
+    assert called == [1]
+    stream.end()
+    assert torch.equal(module(torch.ones(2, 8)), expected)
+    assert called == [1, 0, 1, 2]

@@ -19,8 +19,8 @@ import trustme
 from flux_lora.sources import Network, Patience
 
 HOSTS = (
-    "huggingface.co", "cdn-lfs.huggingface.co", "civitai.com", "storage.civitai.com", "replicate.com",
-    "replicate.delivery", "example.com", "*.example.com",
+    "huggingface.co", "cdn-lfs.huggingface.co", "civitai.com", "*.civitai.com", "civitai.red", "*.civitai.red",
+    "civitai.green", "*.civitai.green", "replicate.com", "replicate.delivery", "example.com", "*.example.com",
 )  # fmt: skip
 PUBLIC_ADDRESS = "8.8.8.8"
 QUICK = Patience(connect=5, read=5, grace=30, pauses=(0.0, 0.0))

@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -254,6 +255,22 @@ def test_a_tokens_own_host_does_not_get_it_back_from_another_one(sources: Source
     with pytest.raises(SourceError, match="no such file"):
         sources.fetch("https://civitai.com/api/download/models/222", root=None)
     assert ["authorization" in asked.headers for asked in internet.asked] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("other", ["civitai.red", "civitai.green"])
+def test_civitais_token_serves_all_its_names_and_nobody_elses(
+    other: str, sources: Sources, internet: Internet, lora: bytes
+) -> None:
+    hosts = ("civitai.com", other, f"cdn.{other}", "files.example.com", other)
+    version = civitai_version(lora) | {"model": {"type": "LORA"}}
+    internet.serve("https://civitai.com/api/v1/model-versions/222", answer_json(version))
+    ways = ["civitai.com/api/download/models/222", *(f"{host}/{index}" for index, host in enumerate(hosts) if index)]
+    for way, following in pairwise(ways):
+        internet.serve(f"https://{way}", redirect(f"https://{following}"))
+    internet.serve(f"https://{ways[-1]}", lora)
+    assert sources.fetch(f"{other}/models/111?modelVersionId=222", root=None).read_bytes() == lora
+    seen = [(asked.host, "authorization" in asked.headers) for asked in internet.asked[1:]]
+    assert seen == list(zip(hosts, (True, True, False, False, False), strict=True))
 
 
 REQUEST = Path("/nowhere")

@@ -17,6 +17,7 @@ import psutil
 
 from flux_lora.commands import PROJECT
 from flux_lora.errors import SettingsError
+from flux_lora.storage import write_whole
 
 ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - they are compared with, not listened on
 """Where a client on this machine finds a server that listens on all addresses."""
@@ -135,12 +136,14 @@ def _hire_janitor(group: int, home: Path) -> IO[bytes]:
 
 def _home(schema: Path) -> Path:
     """A folder for one server, with the schema where Cog looks for it."""
-    place = tempfile.gettempdir()
+    place, home = tempfile.gettempdir(), None
     try:
         home = Path(tempfile.mkdtemp(prefix="flux-lora-serve-", dir=place))
         (home / ".cog").mkdir()
-        shutil.copyfile(schema, home / ".cog" / "openapi_schema.json")
+        write_whole(home / ".cog" / "openapi_schema.json", schema.read_bytes())
     except OSError as error:
+        if home:
+            shutil.rmtree(home, ignore_errors=True)
         raise SettingsError(
             f"The schema cannot be put into {place}: {error.strerror}. Name another in TMPDIR."
         ) from None

@@ -31,6 +31,9 @@ _UNUSED = re.compile(
 
 _WORD = re.compile(r"bundle_emb\.(.+?)\.(clip_[lg]|t5|t5xxl|string_to_param|[^.]+$).*")
 _LISTED_KEYS = 8
+_SPELLINGS = 16
+"""Of one layer's name; there are fewer layouts, and each spelling is compared with all others."""
+
 PIECE = 2**22
 """Numbers that are judged at a time: float8 becomes four times as large for it."""
 
@@ -180,8 +183,11 @@ def separate(spellings: Mapping[str, dict[str, Part]]) -> dict[str, dict[str, Pa
     """The parts of one layer by how its name is spelled; spellings that complete each other are one.
 
     Raises:
-        FormatError: two spellings share some parts only.
+        FormatError: two spellings share some parts only, or there are more than any file needs.
     """
+    if len(spellings) > _SPELLINGS:
+        key = next(part.key for parts in spellings.values() for part in parts.values())
+        raise FormatError(f"the layer of {shown(key)} is there under {len(spellings):,} names")
     apart: dict[str, dict[str, Part]] = {}
     for stem, parts in sorted(spellings.items(), key=lambda item: -len(item[1])):
         for known in apart.values():

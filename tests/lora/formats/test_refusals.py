@@ -312,6 +312,10 @@ DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
         GOOD | {"lycoris_transformer_blocks_0_attn_to_q.lora_down.weight": torch.ones(2, 32)},
         "are two names of one tensor",
     ),
+    "one layer under many names": (
+        {f"{'_orig_mod.' * n}{LAYER}.lora_A.weight": torch.ones(2, 32) for n in range(17)},
+        r"the layer of '.*to_q.lora_A.weight' is there under 17 names",
+    ),
     "DoRA with another update of its rows": (
         {f"{LAYER}.dora_scale": torch.ones(32, 1)}
         | GOOD

@@ -87,6 +87,7 @@ def read_inputs(source: str) -> dict[str, dict[str, Any]]:
     )
     assert [ast.unparse(base) for base in runner.bases] == ["BaseRunner"]
     run = next(node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    assert run.returns
     assert ast.unparse(run.returns) == "list[Path]"
     assert not any([run.args.posonlyargs, run.args.kwonlyargs, run.args.vararg, run.args.kwarg])
     parameters = zip(run.args.args[1:], run.args.defaults, strict=True)
@@ -97,10 +98,13 @@ def read_inputs(source: str) -> dict[str, dict[str, Any]]:
 
 
 def read_input(parameter: ast.arg, call: ast.expr, source: str) -> dict[str, Any]:
+    assert isinstance(call, ast.Call)
     assert ast.unparse(call.func) == "Input"
     assert not call.args
+    assert parameter.annotation
     kind = re.fullmatch(r"(Optional)?\[?(str|int|float|bool)\]?", ast.unparse(parameter.annotation))
-    schema = {KEYWORDS[keyword.arg]: literal(keyword.value, source) for keyword in call.keywords}
+    assert kind
+    schema = {KEYWORDS[str(keyword.arg)]: literal(keyword.value, source) for keyword in call.keywords}
     if kind[1] or "default" in schema:
         assert (schema["default"] is None) == bool(kind[1]), "a None default and Optional go together"
     if kind[1]:
@@ -172,7 +176,7 @@ def test_cog_yaml_is_valid(door: Door) -> None:
     assert config | {"run": ""} == yaml.safe_load(DOORS[0].config.read_text()) | {"run": ""}
 
 
-def in_image(path: pathlib.Path) -> bool:
+def in_image(path: str) -> bool:
     """Docker's rule: anchored patterns, a matched directory takes its contents along, the last match decides."""
     parts = path.split("/")
     candidates = ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
@@ -217,7 +221,7 @@ def in_image(path: pathlib.Path) -> bool:
         ".cog/openapi_schema.json",
     ],
 )
-def test_the_image_holds_code_and_weights(path: pathlib.Path) -> None:
+def test_the_image_holds_code_and_weights(path: str) -> None:
     assert in_image(path)
 
 
@@ -259,7 +263,7 @@ def test_the_image_holds_code_and_weights(path: pathlib.Path) -> None:
         "predict.py.orig",
     ],
 )
-def test_the_image_does_not_hold(path: pathlib.Path) -> None:
+def test_the_image_does_not_hold(path: str) -> None:
     assert not in_image(path)
 
 
@@ -295,7 +299,8 @@ class Drawn:
 
 @pytest.fixture(params=DOORS, ids=lambda door: door.name)
 def door(request: pytest.FixtureRequest) -> Door:
-    return request.param
+    door: Door = request.param
+    return door
 
 
 @pytest.fixture
@@ -308,7 +313,7 @@ def predictor(door: Door, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_run_hands_every_input_over_under_its_own_name(door: Door, predictor: Any) -> None:
-    inputs = {
+    inputs: dict[str, Any] = {
         "prompt": "a croissant",
         "aspect_ratio": "custom",
         "width": 300,

@@ -40,7 +40,7 @@ SMALL = {
     "num_inference_steps": 2,
     "disable_safety_checker": True,
 }
-WITNESS = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
+WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
 
 
 def build(weights: Path = MINI, fine_tune: str | None = None, **settings: Any) -> Generator:

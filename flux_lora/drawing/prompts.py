@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from flux_lora.drawing.pipeline import Pipeline, Tokenizer
+from flux_lora.drawing.pipeline import PromptReader, Tokenizer
 
 SHOWN_CHARACTERS, SHOWN_WORDS = 200, 8
 
@@ -45,7 +45,7 @@ class PromptEncoder:
         """Forget every prompt."""
         self._known.clear()
 
-    def encode(self, pipeline: Pipeline, prompt: str, limit: int, encoders: Hashable) -> Embeddings:
+    def encode(self, pipeline: PromptReader, prompt: str, limit: int, encoders: Hashable) -> Embeddings:
         """Encode ``prompt`` with at most ``limit`` T5 tokens.
 
         Args:

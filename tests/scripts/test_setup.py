@@ -13,8 +13,8 @@ import pytest
 
 from flux_lora.commands import PROJECT
 
-BASH = shutil.which("bash")
-TORCH = re.search(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
+BASH = shutil.which("bash") or "bash"
+TORCH = re.findall(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
 SERVING = "requirements.txt requirements-cog.txt"
 LOCKS = f"install --no-deps --require-hashes {' '.join(f'--requirement={file}' for file in SERVING.split())}"
 WORKING = f'exec "{sys.executable}" "$@"'

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.full_size import full_vae
-from benchmarks.measure import call_seconds, free, machine, median_seconds, wait
+from benchmarks.measure import free, machine, median_seconds, wait
 from flux_lora.assembly import assemble
 from flux_lora.drawing import strips
 from flux_lora.drawing.source import Given, SourceImage
@@ -74,7 +74,7 @@ def _halves(side: int, rounds: int) -> dict[str, tuple[float, int]]:
     found = {}
     for name, call in work.items():
         free()
-        seconds = median_seconds(lambda _, call=call: call_seconds(call), rounds)  # type: ignore[misc]
+        seconds = median_seconds(lambda _, call=call: call(), rounds)  # type: ignore[misc]
         peak = 0
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()

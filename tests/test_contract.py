@@ -299,31 +299,20 @@ class Drawn:
 
 @pytest.fixture(params=DOORS, ids=lambda door: door.name)
 def door(request: pytest.FixtureRequest) -> Door:
-    param: Door = request.param
-    return param
+    door: Door = request.param
+    return door
 
 
 @pytest.fixture
-def drawn() -> Drawn:
-    return Drawn()
-
-
-@pytest.fixture
-def metrics() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture
-def predictor(door: Door, drawn: Drawn, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+def predictor(door: Door, monkeypatch: pytest.MonkeyPatch) -> Any:
     predictor = importlib.import_module(door.predictor.stem).Predictor()
-    monkeypatch.setattr(predictor, "generator", drawn, raising=False)
-    monkeypatch.setattr(predictor, "record_metric", metrics.__setitem__)
+    predictor.generator = Drawn()
+    predictor.metrics = {}
+    monkeypatch.setattr(predictor, "record_metric", predictor.metrics.__setitem__)
     return predictor
 
 
-def test_run_hands_every_input_over_under_its_own_name(
-    door: Door, predictor: Any, drawn: Drawn, metrics: dict[str, Any]
-) -> None:
+def test_run_hands_every_input_over_under_its_own_name(door: Door, predictor: Any) -> None:
     inputs: dict[str, Any] = {
         "prompt": "a croissant",
         "aspect_ratio": "custom",
@@ -352,16 +341,16 @@ def test_run_hands_every_input_over_under_its_own_name(
         }
     assert inputs.keys() == door.inputs.keys()
     files = predictor.run(**inputs)
-    given = drawn.request.model_dump()
-    assert {name: given[name] for name in inputs} == inputs
+    drawn = predictor.generator.request.model_dump()
+    assert {name: drawn[name] for name in inputs} == inputs
     assert files == [cog.Path("0-seed7.webp"), cog.Path("1-seed8.webp")]
     assert all(isinstance(file, cog.Path) for file in files)
-    assert metrics == {"seed": 7}
+    assert predictor.metrics == {"seed": 7}
 
 
-def test_run_from_python_fills_in_the_defaults(door: Door, predictor: Any, drawn: Drawn) -> None:
+def test_run_from_python_fills_in_the_defaults(door: Door, predictor: Any) -> None:
     predictor.run(prompt="a croissant", seed=7)
-    assert drawn.request == Request.parse(door.interface, prompt="a croissant", seed=7)
+    assert predictor.generator.request == Request.parse(door.interface, prompt="a croissant", seed=7)
 
 
 def test_run_from_python_refuses_like_the_request_model(predictor: Any) -> None:

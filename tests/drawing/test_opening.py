@@ -133,7 +133,7 @@ def test_a_turned_image_is_put_upright(orientation: int, kind: str) -> None:
         assert read.size == (64, 32)
     seen = np.asarray(read_image(file(lying, kind, exif=exif), "image"))
     assert seen[4, 8, 0] > 200
-    assert all(seen[y, x, 2] > 200 for x, y in ((60, 4), (8, 28), (60, 28)))
+    assert all(seen[at][2] > 200 for at in ((4, 60), (28, 8), (28, 60)))
 
 
 def test_colours_are_those_of_the_profile() -> None:

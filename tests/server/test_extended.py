@@ -3,6 +3,8 @@
 import base64
 import http.server
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from flux_lora.commands import draw
 from flux_lora.files import provenance
 from tests.conftest import MINI
 from tests.server.conftest import SMALL, Server, content, open_image
+from tests.server.test_documented import ADDRESS, EXAMPLES
 
 WITNESS = {"prompt": "a witness", "seed": 7, **SMALL}
 FEW = {"prompt": "a tomato", "seed": 7, "num_inference_steps": 2, "output_format": "png"}
@@ -98,6 +101,16 @@ def test_draw_sends_files(extended: Server, tmp_path: Path, capsys: pytest.Captu
     assert source.mask
     assert draw.main([extended.url, "-i", "prompt=a", "-i", f"image=@{tmp_path}/none.png"]) == 1
     assert "image: " in capsys.readouterr().err
+
+
+def test_replicates_client_sends_files(extended: Server, tmp_path: Path) -> None:
+    """With the program that docs/inputs.md shows."""
+    (tmp_path / "photo.png").write_bytes(file(PHOTO))
+    given = '"num_inference_steps": 1, "image": open("photo.png", "rb")'
+    code = EXAMPLES[1].replace(ADDRESS, extended.url).replace('"seed": 7', given)
+    code = code.replace('"owner/name", input', '"owner/name", file_encoding_strategy="base64", input')
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "tomato-0.webp").size == PHOTO.size
 
 
 def test_cog_takes_no_multipart(extended: Server) -> None:

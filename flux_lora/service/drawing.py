@@ -1,0 +1,146 @@
+"""A generator on a thread of its own, its requests as streams of events: what a replica is inside."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from flux_lora.errors import AdapterError, FluxLoraError, RequestError, SafetyError
+from flux_lora.generator import Generator, Step
+from flux_lora.ledger import Log, Metric
+from flux_lora.service import jobs
+from flux_lora.service.jobs import MEDIA_TYPES, Event, Failed, Finished, Job, Kind, Line, Picture, Usage
+
+Preview = Callable[[Generator, Job, Step], bytes]
+"""Makes a small WebP file of a step's latents."""
+
+Told = Event | Usage | BaseException
+"""What comes from the thread; an exception is the end, too."""
+
+STEP_SECONDS = 0.2
+"""Least time between two steps that are told; an image's last one always is."""
+
+KINDS: tuple[tuple[type[FluxLoraError], Kind], ...] = (
+    (RequestError, "request"),
+    (AdapterError, "adapter"),
+    (SafetyError, "withheld"),
+    (FluxLoraError, "server"),
+)
+
+
+class StoppedError(BaseException):
+    """Ends a drawing from within. No `Exception`, so that nothing on the way takes it for a request's error."""
+
+
+class Studio:
+    """Draws one job after the other.
+
+    All of it runs on one thread, set-up included, as in Cog's worker: libraries keep things by thread.
+    """
+
+    def __init__(self, assemble: Callable[[Log], Generator], log: Log, preview: Preview | None = None) -> None:
+        """Set up.
+
+        Args:
+            assemble: makes the generator, which logs to what it is given.
+            log: receives its lines, those of requests too.
+            preview: makes the small pictures of jobs that ask for them.
+
+        Raises:
+            FluxLoraError: set-up is impossible.
+        """
+        self._log = log
+        self._preview = preview
+        self._tell: Callable[[Told], object] = _nobody
+        self._stop = threading.Event()
+        self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "draw")
+        self.generator = self._thread.submit(assemble, self._line).result()
+
+    async def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
+        """Draw a job; the last event is its end. When the iterator is closed, so is the drawing, at its next step.
+
+        Raises:
+            Exception: a bug of ours, or a device that has failed.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Told]()
+        async with self._turn:
+            self._stop.clear()
+            self._tell = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+            drawing = asyncio.wrap_future(self._thread.submit(self._draw, job))
+            try:
+                while True:
+                    event = await events.get()
+                    if isinstance(event, BaseException):
+                        raise event
+                    yield event
+                    if isinstance(event, jobs.End):
+                        return
+            finally:
+                self._stop.set()
+                while not drawing.done():  # the next job must not begin before, however often this is cancelled
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([drawing])
+                self._tell = _nobody
+
+    def close(self) -> None:
+        """End the thread, after what it draws."""
+        self._thread.shutdown()
+
+    def _draw(self, job: Job) -> None:
+        try:
+            self._tell(self._outcome(job))
+        except BaseException as error:  # noqa: BLE001 - it is raised again where events are read
+            self._tell(error)
+
+    def _outcome(self, job: Job) -> Finished | Failed:
+        metrics: dict[str, Metric] = {}
+        request, transformer = job.request, self.generator.parts.transformers.get(job.request.model)
+        before = transformer and transformer.state
+        try:
+            paths = self.generator.draw(request, metrics.__setitem__, self._observer(job))
+            pictures = tuple(
+                Picture(
+                    name=path.name,
+                    media_type=MEDIA_TYPES[request.output_format],
+                    content=path.read_bytes(),
+                    seed=request.seeds[int(path.name.split("-")[0])],
+                )
+                for path in paths
+            )
+            self.generator.parts.outputs.discard()
+            return Finished(pictures, metrics)
+        except FluxLoraError as error:
+            return Failed(str(error), next(kind for base, kind in KINDS if isinstance(error, base)), metrics)
+        finally:
+            device = self.generator.parts.device
+            reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+            self._tell(Usage(merges=int((transformer and transformer.state) != before), gpu_bytes=reserved))
+
+    def _observer(self, job: Job) -> Callable[[Step], None]:
+        told = 0.0
+
+        def observe(step: Step) -> None:
+            nonlocal told
+            if self._stop.is_set():
+                raise StoppedError
+            now = time.monotonic()
+            if step.step < step.steps and now - told < STEP_SECONDS:
+                return
+            told = now
+            preview = self._preview(self.generator, job, step) if job.previews and self._preview else None
+            self._tell(jobs.Step(step.image, step.images, step.step, step.steps, preview))
+
+        return observe
+
+    def _line(self, text: str) -> None:
+        self._log(text)
+        self._tell(Line(text))
+
+
+def _nobody(_: object) -> None:
+    pass

@@ -1,0 +1,29 @@
+"""What all parts of the HTTP application share, and what they have in common."""
+
+from dataclasses import dataclass
+
+from fastapi import Request as HttpRequest
+
+from flux_lora.service.jobs import Backend
+from flux_lora.service.metrics import Metrics
+from flux_lora.service.predictions import Predictions
+from flux_lora.sources.guard import Network
+
+
+@dataclass(frozen=True)
+class Front:
+    """The parts of one front."""
+
+    predictions: Predictions
+    backend: Backend
+    metrics: Metrics
+    network: Network
+    """The way to webhooks."""
+    models: tuple[str, ...]
+    """Which base models are served."""
+
+
+def owner_of(http: HttpRequest) -> str:
+    """Whose an HTTP request is, as `Access` found out; a dependency of routes."""
+    owner: str = http.state.owner
+    return owner

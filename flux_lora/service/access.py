@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from flux_lora.errors import RequestError
+from flux_lora.errors import RequestError, SettingsError
 from flux_lora.service.checks import MAX_BODY, check_size
+from flux_lora.settings import Settings
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -19,7 +20,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/health", "/health-check", "/docs", "/openapi.json"})
 """What is answered without a key: it says nothing of anybody's requests. The page asks for the key itself."""
 
-LOCAL_NAMES = frozenset({"localhost"})
+SHORTEST_KEY = 16
+"""Characters below which a key could be guessed."""
 
 
 def owner_of(key: str) -> str:
@@ -32,7 +34,33 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host.lower() in LOCAL_NAMES
+        return host.lower() == "localhost"
+
+
+def keys_of(settings: Settings, host: str, *, open_to_all: bool) -> tuple[str, ...]:
+    """The keys of which callers need one; none where nobody needs one.
+
+    Args:
+        settings: name them.
+        host: the address that is listened on.
+        open_to_all: whether the operator has said that everybody may ask.
+
+    Raises:
+        SettingsError: a key could be guessed or cannot be sent, or there is none where there must be.
+    """
+    text = settings.api_keys.get_secret_value() if settings.api_keys else ""
+    keys = tuple(key.strip() for key in text.split(",") if key.strip())
+    for key in keys:
+        if len(key) < SHORTEST_KEY or not (key.isascii() and key.isprintable()) or " " in key:
+            raise SettingsError(
+                f"FLUX_API_KEYS holds a key that could be guessed or cannot be sent: take at least {SHORTEST_KEY} "
+                'letters and digits, as `python -c "import secrets; print(secrets.token_urlsafe())"` makes them.'
+            )
+    if not keys and not open_to_all and not is_loopback(host):
+        raise SettingsError(
+            f"Whoever reaches {host} could use this server. Name keys for its callers in FLUX_API_KEYS, or say --open."
+        )
+    return keys
 
 
 class Access:

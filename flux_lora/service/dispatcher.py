@@ -9,10 +9,10 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flux_lora.ledger import Log
 from flux_lora.service import jobs
 from flux_lora.service.backlog import Backlog, Entry, FullError
 from flux_lora.service.jobs import BusyError, Cancelled, Event, Failed, Job, Started, State, Usage, Waiting
+from flux_lora.service.logs import Log
 from flux_lora.service.metrics import Metrics
 
 ATTEMPTS = 2
@@ -43,7 +43,11 @@ class Fleet(Protocol):
     """All replicas."""
 
     def free(self, group: str) -> AbstractAsyncContextManager[Replica]:
-        """Wait until one is free, and keep it so; one that holds a group's weights if there is a choice."""
+        """Wait until one is free, and keep it so; one that holds a group's weights if there is a choice.
+
+        Raises:
+            LostError: it died before it got a job.
+        """
 
     def size(self) -> int:
         """How many are ready to draw, or draw."""
@@ -74,7 +78,7 @@ class Dispatcher:
     All of it runs on one event loop.
     """
 
-    def __init__(self, fleet: Fleet, backlog: Backlog, metrics: Metrics, log: Log) -> None:
+    def __init__(self, fleet: Fleet, backlog: Backlog, metrics: Metrics, log: Log, *, look_ahead: bool = False) -> None:
         """Take the parts.
 
         Args:
@@ -82,7 +86,10 @@ class Dispatcher:
             backlog: decides who is next; empty.
             metrics: is told what happens.
             log: receives the operator's lines.
+            look_ahead: whether the fleet is asked for one more replica when all of them draw: it then knows that jobs
+                wait, and may grow.
         """
+        self._look_ahead = look_ahead
         self._fleet = fleet
         self._backlog = backlog
         self._metrics = metrics
@@ -134,8 +141,9 @@ class Dispatcher:
             self._tell_positions()
 
     def _look(self) -> None:
-        """Have somebody wait for a free replica, if there is a job for it."""
-        if len(self._backlog) and not self._looking:
+        """Have somebody wait for a free replica, if there is a job for it, and may be a replica."""
+        idle = len(self._busy) < max(1, self._fleet.size())
+        if len(self._backlog) and not self._looking and (idle or self._look_ahead):
             self._looking = True
             task = asyncio.get_running_loop().create_task(self._serve())
             self._tasks.add(task)
@@ -145,7 +153,8 @@ class Dispatcher:
         """Wait for a free replica, and have it draw one job."""
         looking = True
         try:
-            async with self._fleet.free(self._backlog.first_group()) as replica:
+            several = self._fleet.size() - len(self._busy) > 1
+            async with self._fleet.free(self._backlog.first_group() if several else "") as replica:
                 self._looking = looking = False
                 elsewhere = {group for name in self._busy if (group := self._held.get(name))}
                 entry = self._backlog.take(self._held.get(replica.name), elsewhere)
@@ -184,9 +193,10 @@ class Dispatcher:
             ticket.drawing.uncancel()  # type: ignore[union-attr]
         except LostError:
             self._held.pop(name, None)
-            self._log(f"replica {name} died while it drew {job.id}")
+            self._metrics.lost(name)
+            self._log("died", replica=name, request=job.id)
         except Exception:  # noqa: BLE001 - one job's bug must not end the others; it is logged whole
-            self._log(f"{job.id}: {traceback.format_exc()}")
+            self._log(traceback.format_exc(), replica=name, request=job.id)
             end = Failed("The server made a mistake with this request; its log says more.", "server")
         finally:
             self._busy.discard(name)

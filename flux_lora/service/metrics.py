@@ -1,5 +1,7 @@
 """What the operator counts, in Prometheus's text form."""
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -49,6 +51,11 @@ class Metrics:
     def retried(self) -> None:
         """A replica died, and its job waits again."""
         self._retries.inc()
+
+    def lost(self, replica: str) -> None:
+        """A replica died."""
+        with suppress(KeyError):
+            self._gpu.remove(replica)
 
     def used(self, replica: str, usage: Usage) -> None:
         """What a replica did for a job."""

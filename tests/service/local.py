@@ -15,10 +15,12 @@ from flux_lora.service.dispatcher import Dispatcher
 from flux_lora.service.drawing import Preview, Studio
 from flux_lora.service.front import Front
 from flux_lora.service.jobs import Event, Job, Usage
+from flux_lora.service.logs import Log
 from flux_lora.service.metrics import Metrics
 from flux_lora.service.predictions import Predictions
 from flux_lora.settings import Settings
 from flux_lora.sources.guard import Network
+from tests.conftest import MINI
 from tests.server.conftest import free_port, wait_for
 
 
@@ -66,9 +68,9 @@ def local_front(
 ) -> Front:
     """A front as the service makes it, before replicas of this process."""
     metrics = Metrics()
-    backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, lambda _: None)
+    backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, Log())
     predictions = Predictions(backend, deadline=deadline, keep_seconds=3600, keep_bytes=2**28)
-    return Front(predictions, backend, metrics, Network(), models=("dev", "schnell"))
+    return Front(predictions, backend, metrics, Network(), ("dev", "schnell"), MINI, Log())
 
 
 @contextmanager

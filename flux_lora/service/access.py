@@ -4,18 +4,14 @@ import hashlib
 import hmac
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_lora.errors import RequestError, SettingsError
 from flux_lora.service.checks import MAX_BODY, check_size
 from flux_lora.settings import Settings
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/health-check", "/docs", "/openapi.json"})
 """What is answered without a key: it says nothing of anybody's requests. The page asks for the key itself."""
@@ -66,7 +62,7 @@ def keys_of(settings: Settings, host: str, *, open_to_all: bool) -> tuple[str, .
 class Access:
     """ASGI middleware: lets a request pass, with its owner in ``scope["state"]["owner"]``, or answers it."""
 
-    def __init__(self, app: App, keys: Sequence[str], *, local: bool, max_body: int = MAX_BODY) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], *, local: bool, max_body: int = MAX_BODY) -> None:
         """Take what is behind, and who may pass.
 
         Args:

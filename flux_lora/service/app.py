@@ -10,6 +10,7 @@ from flux_lora.request import documented_inputs
 from flux_lora.service import cog, files, status
 from flux_lora.service.access import Access
 from flux_lora.service.front import Front
+from flux_lora.service.journal import Journal
 
 DESCRIPTION = (
     "FLUX.1 with a fine-tune, exactly. Keys go into the header `Authorization: Bearer KEY`; a prediction and its files "
@@ -29,14 +30,22 @@ def make_app(front: Front, keys: Sequence[str], *, local: bool) -> FastAPI:
     for router in (status.router(front), cog.router(front), files.router(front)):
         app.include_router(router)
     app.add_middleware(Access, keys=keys, local=local)
+    app.add_middleware(Journal, log=front.log)  # before all else
     written = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = written()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(
-            Input={"title": "Input", "type": "object", "required": ["prompt"], "properties": documented_inputs()},
-            Output={"title": "Output", "type": "array", "items": {"type": "string", "format": "uri"}},
-        )
+        schemas = document["components"]["schemas"]
+        schemas["Input"] = {
+            "title": "Input",
+            "type": "object",
+            "required": ["prompt"],
+            "properties": documented_inputs(),
+        }
+        schemas["Output"] = {"title": "Output", "type": "array", "items": {"type": "string", "format": "uri"}}
+        for name, fields in (("PredictionRequest", ("Input",)), ("PredictionResponse", ("Input", "Output"))):
+            for field in fields:
+                schemas[name]["properties"][field.lower()] = {"$ref": f"#/components/schemas/{field}"}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change the document

@@ -31,14 +31,12 @@ Prefer = Header(default="", description="`respond-async`, `wait` or `wait=SECOND
 CancelAfter = Header(default="", description="Seconds that it may take, waiting included, as `90`, `90s` or `5m`")
 
 
-class Body(BaseModel):
+class PredictionRequest(BaseModel):
     """What is posted; fields that the registry's clients send beside are accepted and mean nothing here."""
 
     model_config = ConfigDict(extra="ignore")
 
-    input: dict[str, Any] = Field(
-        default_factory=dict, json_schema_extra={"$ref": "#/components/schemas/Input"}, description="The inputs"
-    )
+    input: dict[str, Any] = Field(default_factory=dict)
     id: str | None = Field(default=None, description="The prediction's id: letters, digits, - and _")
     webhook: str | None = Field(default=None, description="A public https address that is told what happens")
     webhook_events_filter: list[str] | None = Field(
@@ -46,7 +44,7 @@ class Body(BaseModel):
     )
 
 
-class Answer(BaseModel):
+class PredictionResponse(BaseModel):
     """A prediction, as it stands."""
 
     id: str
@@ -107,13 +105,13 @@ def router(front: Front) -> APIRouter:
     """Cog's paths, and the registry's under ``/v1``."""
     routes = APIRouter(tags=["predictions"])
     answers: dict[int | str, dict[str, Any]] = {
-        202: {"model": Answer, "description": "Accepted: ask for it by its id"},
+        202: {"model": PredictionResponse, "description": "Accepted: ask for it by its id"},
         422: {"description": "An input that cannot be drawn"},
         503: {"description": "The queue is full; Retry-After says when to try again"},
     }
 
     async def begin(
-        body: Body, owner: str, http: HttpRequest, cancel_after: str, prediction_id: str | None = None
+        body: PredictionRequest, owner: str, http: HttpRequest, cancel_after: str, prediction_id: str | None = None
     ) -> Prediction:
         prediction_id = prediction_id or body.id
         try:
@@ -133,6 +131,7 @@ def router(front: Front) -> APIRouter:
                 inputs=body.input,
                 seconds=seconds,
                 notes=notes,
+                request_id=http.state.request_id,
             )
         except TakenError as error:
             raise HTTPException(409, str(error)) from None
@@ -155,16 +154,22 @@ def router(front: Front) -> APIRouter:
             ended = await _attended(front, prediction, http, wanted)
         return JSONResponse(describe(prediction, http), status_code=200 if ended else 202)
 
-    @routes.post("/predictions", response_model=Answer, responses=answers, summary="Draw")
+    @routes.post("/predictions", response_model=PredictionResponse, responses=answers, summary="Draw")
     async def predict(
-        body: Body, http: HttpRequest, owner: str = Owner, prefer: str = Prefer, cancel_after: str = CancelAfter
+        body: PredictionRequest,
+        http: HttpRequest,
+        owner: str = Owner,
+        prefer: str = Prefer,
+        cancel_after: str = CancelAfter,
     ) -> JSONResponse:
         return await drawn(await begin(body, owner, http, cancel_after), http, prefer)
 
-    @routes.put("/predictions/{prediction_id}", response_model=Answer, responses=answers, summary="Draw, once")
+    @routes.put(
+        "/predictions/{prediction_id}", response_model=PredictionResponse, responses=answers, summary="Draw, once"
+    )
     async def predict_once(
         prediction_id: str,
-        body: Body,
+        body: PredictionRequest,
         http: HttpRequest,
         owner: str = Owner,
         prefer: str = Prefer,
@@ -174,7 +179,7 @@ def router(front: Front) -> APIRouter:
             return await drawn(running, http, prefer)
         return await drawn(await begin(body, owner, http, cancel_after, prediction_id), http, prefer)
 
-    @routes.get("/predictions/{prediction_id}", response_model=Answer, summary="How it stands")
+    @routes.get("/predictions/{prediction_id}", response_model=PredictionResponse, summary="How it stands")
     async def get(prediction_id: str, http: HttpRequest, owner: str = Owner) -> JSONResponse:
         return JSONResponse(describe(kept(prediction_id, owner), http))
 
@@ -187,27 +192,39 @@ def router(front: Front) -> APIRouter:
         # The registry's client takes for files what begins with https: or data:, so plain http gets the latter.
         return JSONResponse(describe(prediction, http, addresses=http.url.scheme == "https"), status_code=status)
 
-    async def created(body: Body, http: HttpRequest, owner: str, prefer: str, cancel_after: str) -> JSONResponse:
+    async def created(
+        body: PredictionRequest, http: HttpRequest, owner: str, prefer: str, cancel_after: str
+    ) -> JSONResponse:
         prediction = await begin(body, owner, http, cancel_after)
         if "wait" in prefer:
             await prediction.wait(min(_preference(prefer) or LONGEST_WAIT, LONGEST_WAIT))
         return shown(prediction, http, 201)
 
-    @routes.post("/v1/predictions", status_code=201, response_model=Answer, responses=answers, summary="Draw")
+    @routes.post(
+        "/v1/predictions", status_code=201, response_model=PredictionResponse, responses=answers, summary="Draw"
+    )
     async def v1_predict(
-        body: Body, http: HttpRequest, owner: str = Owner, prefer: str = Prefer, cancel_after: str = CancelAfter
+        body: PredictionRequest,
+        http: HttpRequest,
+        owner: str = Owner,
+        prefer: str = Prefer,
+        cancel_after: str = CancelAfter,
     ) -> JSONResponse:
         return await created(body, http, owner, prefer, cancel_after)
 
     @routes.post(
         "/v1/models/{whose}/{name}/predictions",
         status_code=201,
-        response_model=Answer,
+        response_model=PredictionResponse,
         responses=answers,
         summary="Draw; any model's name is this one",
     )
     async def v1_predict_with(
-        body: Body, http: HttpRequest, owner: str = Owner, prefer: str = Prefer, cancel_after: str = CancelAfter
+        body: PredictionRequest,
+        http: HttpRequest,
+        owner: str = Owner,
+        prefer: str = Prefer,
+        cancel_after: str = CancelAfter,
     ) -> JSONResponse:
         return await created(body, http, owner, prefer, cancel_after)
 
@@ -216,11 +233,15 @@ def router(front: Front) -> APIRouter:
         results = [describe(prediction, http, addresses=True) for prediction in front.predictions.all_of(owner)]
         return JSONResponse({"next": None, "previous": None, "results": results})
 
-    @routes.get("/v1/predictions/{prediction_id}", name="v1_get", response_model=Answer, summary="How it stands")
+    @routes.get(
+        "/v1/predictions/{prediction_id}", name="v1_get", response_model=PredictionResponse, summary="How it stands"
+    )
     async def v1_get(prediction_id: str, http: HttpRequest, owner: str = Owner) -> JSONResponse:
         return shown(kept(prediction_id, owner), http)
 
-    @routes.post("/v1/predictions/{prediction_id}/cancel", name="v1_cancel", response_model=Answer, summary="Cancel")
+    @routes.post(
+        "/v1/predictions/{prediction_id}/cancel", name="v1_cancel", response_model=PredictionResponse, summary="Cancel"
+    )
     async def v1_cancel(prediction_id: str, http: HttpRequest, owner: str = Owner) -> JSONResponse:
         prediction = kept(prediction_id, owner)
         front.predictions.cancel(prediction)
@@ -254,7 +275,7 @@ async def _gone(http: HttpRequest) -> None:
         pass
 
 
-async def _webhook(body: Body, front: Front) -> Webhook | None:
+async def _webhook(body: PredictionRequest, front: Front) -> Webhook | None:
     fields = {"webhook": body.webhook, "webhook_events_filter": body.webhook_events_filter}
     checks.check_fields({name: value for name, value in fields.items() if value is not None})
     if body.webhook is None:

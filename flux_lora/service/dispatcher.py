@@ -219,7 +219,10 @@ class Dispatcher:
         del self._tickets[ticket.job.id]
         now = time.monotonic()
         waited = (ticket.started or now) - ticket.accepted
-        self._metrics.ended(end, waited, now - ticket.started if ticket.started else 0.0)
+        drew = now - ticket.started if ticket.started else 0.0
+        self._metrics.ended(end, waited, drew)
+        told = f"failed: {end.message}" if isinstance(end, Failed) else type(end).__name__.lower()
+        self._log(told, request=ticket.job.id, owner=ticket.job.owner, waited=round(waited, 3), drew=round(drew, 3))
         ticket.events.put_nowait(end)
 
     def _tell_positions(self) -> None:

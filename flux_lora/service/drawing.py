@@ -42,12 +42,14 @@ class Studio:
     All of it runs on one thread, set-up included, as in Cog's worker: libraries keep things by thread.
     """
 
-    def __init__(self, assemble: Callable[[Log], Generator], log: Log, preview: Preview | None = None) -> None:
+    def __init__(
+        self, assemble: Callable[[Log], Generator], log: Callable[[str, str], None], preview: Preview | None = None
+    ) -> None:
         """Set up.
 
         Args:
             assemble: makes the generator, which logs to what it is given.
-            log: receives its lines, those of requests too.
+            log: receives its lines, each with the id of the job that it is about, or nothing.
             preview: makes the small pictures of jobs that ask for them.
 
         Raises:
@@ -56,6 +58,7 @@ class Studio:
         self._log = log
         self._preview = preview
         self._tell: Callable[[Told], object] = _nobody
+        self._job = ""  # the id of what is being drawn
         self._stop = threading.Event()
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "draw")
@@ -70,6 +73,7 @@ class Studio:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Told]()
         async with self._turn:
             self._stop.clear()
+            self._job = job.id
             self._tell = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
             drawing = asyncio.wrap_future(self._thread.submit(self._draw, job))
             try:
@@ -85,7 +89,7 @@ class Studio:
                 while not drawing.done():  # the next job must not begin before, however often this is cancelled
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([drawing])
-                self._tell = _nobody
+                self._tell, self._job = _nobody, ""
 
     def close(self) -> None:
         """End the thread, after what it draws."""
@@ -138,7 +142,7 @@ class Studio:
         return observe
 
     def _line(self, text: str) -> None:
-        self._log(text)
+        self._log(text, self._job)
         self._tell(Line(text))
 
 

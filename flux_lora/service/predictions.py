@@ -160,6 +160,7 @@ class Predictions:
         seconds: float | None = None,
         previews: bool = False,
         notes: Sequence[str] = (),
+        request_id: str | None = None,
     ) -> Prediction:
         """Begin to draw a request.
 
@@ -171,6 +172,7 @@ class Predictions:
             seconds: that it may take, waiting included; None, or more than this server allows: as many as it allows.
             previews: whether its steps carry small pictures.
             notes: lines that its log begins with.
+            request_id: what the server's log calls it; unique.
 
         Raises:
             BusyError: too many wait.
@@ -181,7 +183,7 @@ class Predictions:
         if (owner, prediction_id) in self._all:
             raise TakenError(f"There is a prediction {prediction_id} already.")
         deadline = time.time() + min(seconds or self._deadline, self._deadline)
-        job = Job(uuid.uuid4().hex, request, owner, deadline, previews)
+        job = Job(request_id or uuid.uuid4().hex, request, owner, deadline, previews)
         given = request.model_dump(exclude_unset=True) if inputs is None else inputs
         prediction = Prediction(prediction_id, job, given, now(), lines=list(notes))
         events = self._backend.submit(job)

@@ -39,7 +39,8 @@ class Drawing:
         """
         name = serve.get_replica_context().replica_id.unique_id
         self._studio = Studio(
-            lambda line: assemble(settings, settings.cog_weights, line), lambda text: log(text, replica=name)
+            lambda line: assemble(settings, settings.cog_weights, line),
+            lambda text, job: log(text, replica=name, request=job),
         )
 
     @serve.multiplexed(max_num_models_per_replica=1)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped

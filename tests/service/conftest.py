@@ -4,15 +4,23 @@ from collections.abc import Iterator
 
 import pytest
 
+from flux_lora.settings import Settings
 from tests.conftest import MINI
 from tests.service.local import LocalReplica, local_front, serving
+from tests.sources.internet import Internet
 
 
 @pytest.fixture(scope="session")
 def replica() -> Iterator[LocalReplica]:
-    made = LocalReplica("local", MINI)
+    made = LocalReplica("local", Settings(weights=MINI))
     yield made
     made.studio.close()
+
+
+@pytest.fixture(scope="session")
+def internet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Internet]:
+    with Internet(tmp_path_factory.mktemp("ca") / "ca.pem").running() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

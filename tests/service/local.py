@@ -2,9 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 import uvicorn
 
@@ -27,10 +26,9 @@ from tests.server.conftest import free_port, wait_for
 class LocalReplica:
     """A studio of this process."""
 
-    def __init__(self, name: str, weights: Path, preview: Preview | None = None) -> None:
+    def __init__(self, name: str, settings: Settings, preview: Preview | None = None) -> None:
         self.name = name
-        settings = Settings(weights=weights)
-        self.studio = Studio(lambda log: assemble(settings, log=log), log=lambda _: None, preview=preview)
+        self.studio = Studio(lambda log: assemble(settings, log=log), log=lambda *_: None, preview=preview)
         self.drawn: list[Job] = []
 
     async def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
@@ -42,7 +40,7 @@ class LocalReplica:
 class LocalFleet:
     """Some studios; as with Ray, whoever wants one waits for it."""
 
-    def __init__(self, replicas: list[LocalReplica]) -> None:
+    def __init__(self, replicas: Sequence[LocalReplica]) -> None:
         self.replicas = replicas
         self._free = list(replicas)
         self._changed = asyncio.Condition()
@@ -64,13 +62,20 @@ class LocalFleet:
 
 
 def local_front(
-    replicas: list[LocalReplica], *, limit: int = 64, limit_per_owner: int = 16, deadline: float = 120
+    replicas: Sequence[LocalReplica],
+    *,
+    limit: int = 64,
+    limit_per_owner: int = 16,
+    deadline: float = 120,
+    keep_seconds: float = 3600,
+    keep_bytes: int = 2**28,
+    network: Network | None = None,
 ) -> Front:
     """A front as the service makes it, before replicas of this process."""
     metrics = Metrics()
     backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, Log())
-    predictions = Predictions(backend, deadline=deadline, keep_seconds=3600, keep_bytes=2**28)
-    return Front(predictions, backend, metrics, Network(), ("dev", "schnell"), MINI, Log())
+    predictions = Predictions(backend, deadline=deadline, keep_seconds=keep_seconds, keep_bytes=keep_bytes)
+    return Front(predictions, backend, metrics, network or Network(), ("dev", "schnell"), MINI, Log())
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Exchange:
     path: str
     headers: dict[str, str]
     wire: BaseHTTPRequestHandler = field(repr=False)
+    body: bytes = field(repr=False)
 
     def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         """A complete answer; underscores in header names stand for hyphens."""
@@ -125,11 +126,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         internet = self.server.internet
         host = self.headers["host"]
-        exchange = Exchange(host, self.path, {k.lower(): v for k, v in self.headers.items()}, self)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        exchange = Exchange(host, self.path, {k.lower(): v for k, v in self.headers.items()}, self, body)
         internet.asked.append(exchange)
         route = internet.routes.get(f"{host}{urlsplit(self.path).path}", lambda e: e.reply(404))
         route(exchange)
         self.close_connection = True
+
+    do_POST = do_GET
 
     def log_message(self, *_: object) -> None:
         pass

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,6 @@ import httpx
 import psutil
 import pytest
 import torch
-import yaml
-from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
 from flux_lora.assembly import assemble
@@ -185,11 +183,11 @@ def test_ray_listens_on_loopback(service: Service) -> None:
 
 
 def survives_kills(service: Service, reference: Any, times: int) -> None:
-    """Kill a replica that draws, again and again, under a load of six callers."""
-    asked = [inputs | {"num_inference_steps": 12, "num_outputs": 2} for inputs in load(6, seed=2)]
+    """Kill a replica that draws, again and again, under a load of four callers."""
+    asked = [inputs | {"num_inference_steps": 15} for inputs in load(4, seed=2)]
     for _ in range(times):
         service.wait_until_whole()
-        with ThreadPoolExecutor(6) as callers:
+        with ThreadPoolExecutor(4) as callers:
             answers = callers.map(service.draw, asked)
             wait_for(lambda: httpx.get(f"{service.url}/health").json()["running"] == 2, 20)
             time.sleep(0.1)
@@ -235,38 +233,10 @@ def test_nothing_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
     wait_for(lambda: not list((tmp_path / "tmp").glob("f*")), 60)
 
 
-def refusal(folder: Path, *options: str, **environment: str) -> str:
-    running = start(folder, MINI, *options, **environment)
-    assert running.process.wait(START_SECONDS) == 1
-    return running.log.read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "environment", "said"),
-    [
-        (["--host", "0.0.0.0"], {}, "Name keys for its callers in FLUX_API_KEYS, or say --open"),
-        ([], {"FLUX_API_KEYS": "short"}, "FLUX_API_KEYS holds a key that could be guessed"),
-        ([], {"FLUX_API_KEY": "a-key-of-sixteen-letters"}, "Did you mean FLUX_API_KEYS?"),
-        ([], {"FLUX_DEVICE": "cuda:1"}, "choose with CUDA_VISIBLE_DEVICES"),
-        ([], {"RAY_ADDRESS": "127.0.0.1:1"}, "no Ray cluster answers there"),
-    ],
-)
-def test_it_refuses_to_start(tmp_path: Path, options: Sequence[str], environment: dict[str, str], said: str) -> None:
-    assert said in refusal(tmp_path, *options, **environment)
-
-
 @pytest.mark.slow
 def test_what_cannot_be_set_up_is_said_in_one_sentence(tmp_path: Path) -> None:
-    said = refusal(tmp_path, FLUX_WEIGHTS=str(tmp_path / "none"))
+    running = start(tmp_path, tmp_path / "none")
+    assert running.process.wait(START_SECONDS) == 1
+    said = running.log.read_text()
     assert re.search(r"^error: .*none", said, re.MULTILINE), said
     assert "Traceback" not in said
-
-
-def test_the_serve_config_is_one_that_ray_takes() -> None:
-    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
-    schema = ServeDeploySchema.model_validate(config)
-    (application,) = schema.applications
-    module, _, name = application.import_path.partition(":")
-    build = getattr(__import__(module, fromlist=[name]), name)
-    bound = build(application.args | {"open": True})
-    assert bound._bound_deployment.name == "Front"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pip
@@ -27,7 +28,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a CPU
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path: Path) -> Path:
     """What scripts/setup reads."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     for name in (*DEV.split(), "cog.yaml"):
@@ -36,12 +37,12 @@ def project(tmp_path):
 
 
 @pytest.fixture
-def programs(tmp_path):
+def programs(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
     """Writes shell scripts under the names of programs, and gives their folder."""
     folder = tmp_path / "programs"
     folder.mkdir()
 
-    def write(scripts):
+    def write(scripts: dict[str, str]) -> Path:
         for name, script in scripts.items():
             (folder / name).write_text(f"#!/bin/sh\n{script}\n")
             (folder / name).chmod(0o755)
@@ -50,7 +51,7 @@ def programs(tmp_path):
     return write
 
 
-def call(project, command, **environment):
+def call(project: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [BASH, "-c", f"source scripts/setup; requirements=({SERVING}); {command}"],
         cwd=project,
@@ -71,7 +72,9 @@ def call(project, command, **environment):
         ({"nvidia-smi": "exit 127", "uname": "echo Darwin"}, TORCH),
     ],
 )
-def test_only_an_nvidia_gpu_brings_cuda(project, programs, scripts, expected):
+def test_only_an_nvidia_gpu_brings_cuda(
+    project: Path, programs: Callable[[dict[str, str]], Path], scripts: dict[str, str], expected: str
+) -> None:
     path = f"{programs(scripts)}:{os.environ['PATH']}"
     assert call(project, "choose_torch", PATH=path).stdout == f"{expected}\n"
 
@@ -84,7 +87,9 @@ def test_only_an_nvidia_gpu_brings_cuda(project, programs, scripts, expected):
         ({"python3.12": WITHOUT_VENV, "python3": WORKING}, "python3"),
     ],
 )
-def test_takes_the_first_python_that_can_make_an_environment(project, programs, scripts, chosen):
+def test_takes_the_first_python_that_can_make_an_environment(
+    project: Path, programs: Callable[[dict[str, str]], Path], scripts: dict[str, str], chosen: str
+) -> None:
     folder = programs(scripts)
     assert call(project, "find_python", PATH=str(folder)).stdout == f"{folder}/{chosen}\n"
 
@@ -97,23 +102,33 @@ def test_takes_the_first_python_that_can_make_an_environment(project, programs, 
         ({"python3": WORKING}, {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a working Python"),
     ],
 )
-def test_says_what_is_missing_when_no_python_will_do(project, programs, scripts, environment, expected):
+def test_says_what_is_missing_when_no_python_will_do(
+    project: Path,
+    programs: Callable[[dict[str, str]], Path],
+    scripts: dict[str, str],
+    environment: dict[str, str],
+    expected: str,
+) -> None:
     done = call(project, "find_python", PATH=str(programs(scripts)), **environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(expected)
 
 
-def installed(project, requirements):
+def installed(project: Path, requirements: str) -> None:
     """Stamp an environment as that of these requirements."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
     call(project, f"requirements=({requirements}); describe >.venv/installed")
 
 
 @pytest.mark.parametrize("requirements", [SERVING, SERVICE, DEV])
-def test_nothing_happens_when_all_is_installed(project, requirements):
+def test_nothing_happens_when_all_is_installed(project: Path, requirements: str) -> None:
     installed(project, requirements)
     before = (project / ".venv" / "installed").stat().st_mtime_ns
-    options = {SERVING: [[]], SERVICE: [[], ["--service"]], DEV: [[], ["--service"], ["--dev"]]}
+    options: dict[str, list[list[str]]] = {
+        SERVING: [[]],
+        SERVICE: [[], ["--service"]],
+        DEV: [[], ["--service"], ["--dev"]],
+    }
     for option in options[requirements]:
         done = subprocess.run(["scripts/setup", *option], cwd=project, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -134,7 +149,7 @@ def test_nothing_happens_when_all_is_installed(project, requirements):
         "PYTHON=/no/python",
     ],
 )
-def test_a_change_of_what_it_depends_on_installs_again(project, change):
+def test_a_change_of_what_it_depends_on_installs_again(project: Path, change: str) -> None:
     installed(project, SERVING)
     assert call(project, "is_current").returncode == 0
     assert call(project, f"{change}; is_current").returncode == 1
@@ -147,13 +162,15 @@ def test_a_change_of_what_it_depends_on_installs_again(project, change):
         (TORCH, [LOCKS, f"install {TORCH}"]),
     ],
 )
-def test_the_locks_are_installed_as_they_are_and_only_cuda_brings_more(project, torch, asked):
+def test_the_locks_are_installed_as_they_are_and_only_cuda_brings_more(
+    project: Path, torch: str, asked: list[str]
+) -> None:
     installed(project, SERVING)
     done = call(project, f'pip() {{ echo "$*"; }}; choose_torch() {{ echo {torch}; }}; install')
     assert (done.returncode, done.stdout.splitlines()) == (0, asked)
 
 
-def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
+def test_without_the_cpu_build_it_fails_and_takes_no_other(project: Path) -> None:
     installed(project, SERVING)
     only_pip = project / "only_pip"
     only_pip.mkdir()
@@ -167,7 +184,7 @@ def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
 
 
 @pytest.mark.slow
-def test_two_at_once_make_one_working_environment(project):
+def test_two_at_once_make_one_working_environment(project: Path) -> None:
     both = [subprocess.Popen(["scripts/setup"], cwd=project, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -44,11 +45,11 @@ class Service:
     process: subprocess.Popen[bytes]
     log: Path
     folder: Path
+    client: httpx.Client
+    """For many threads: a new one each time costs more than a small picture."""
 
-    def draw(self, inputs: dict[str, Any], **headers: str) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.post(
-            f"{self.url}/predictions", json={"input": inputs}, headers=headers, timeout=120
-        ).json()
+    def draw(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = self.client.post("/predictions", json={"input": inputs}).json()
         return answer
 
     def replicas(self) -> list[psutil.Process]:
@@ -81,7 +82,8 @@ def start(folder: Path, weights: Path, *options: str, **environment: str) -> Ser
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Service(f"http://127.0.0.1:{port}", process, log, folder)
+    url = f"http://127.0.0.1:{port}"
+    return Service(url, process, log, folder, httpx.Client(base_url=url, timeout=120))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,8 @@ def test_a_load_of_many_loras(service: Service, reference: Any) -> None:
         assert contents(answer) == reference(inputs)
     assert after["flux_lora_images_total"] - before["flux_lora_images_total"] == 200
     changes = after["flux_lora_merges_total"] - before["flux_lora_merges_total"]
-    first_come = min(merges(20, seed, 0, grouped=False) for seed in range(20))
-    print(f"merges: {changes:.0f}; first come, first served: from {first_come} on")
+    first_come = statistics.mean(merges(20, seed, 0, grouped=False) for seed in range(20))
+    print(f"merges: {changes:.0f}; first come, first served: {first_come:.0f}")
     assert 2 * changes <= first_come
     wait_for(lambda: service.log.read_text().count("seconds: adapter") >= 200)
     assert service.log.read_text().count("seconds: adapter") == 200  # what a replica says at the end of each drawing

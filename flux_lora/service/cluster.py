@@ -57,6 +57,9 @@ def _environment() -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is historical: no cluster, so all ports on loopback alone
         "RAY_AUTH_MODE": "token",  # loopback is shared with other users of the machine
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # One event loop in each actor: nothing in ours blocks it, and each change of threads costs time.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     }
 
 

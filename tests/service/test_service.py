@@ -220,6 +220,7 @@ def test_when_all_replicas_die_twice_the_caller_is_told(service: Service) -> Non
             time.sleep(0.5)
             for replica in service.replicas():
                 replica.kill()
+            wait_for(lambda: httpx.get(f"{service.url}/health").json()["running"] == 0, START_SECONDS)
         assert "died, and so did what tried it again" in answer.result()["error"]
     service.wait_until_whole()
 
@@ -232,7 +233,7 @@ def test_nothing_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
     running.process.kill()
     running.process.wait()
     wait_for(lambda: not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 60)
-    wait_for(lambda: not list((tmp_path / "tmp").glob("f*")), 60)
+    wait_for(lambda: not list((tmp_path / "tmp").glob("fl-ray-*")), 60)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ class Service:
     def replicas(self) -> list[psutil.Process]:
         """The processes that draw."""
         named = ((process, process.cmdline()) for process in psutil.Process(self.process.pid).children(recursive=True))
-        return [process for process, line in named if line and line[0].endswith("flux-lora:Drawing")]
+        return [process for process, line in named if line and "flux-lora:Drawing" in line[0]]
 
     def wait_until_whole(self, replicas: int = 2) -> None:
         wait_for(lambda: httpx.get(f"{self.url}/health").json()["replicas"] == replicas, START_SECONDS)
@@ -187,6 +187,7 @@ def test_ray_listens_on_loopback(service: Service) -> None:
 def survives_kills(service: Service, reference: Any, times: int) -> None:
     """Kill a replica that draws, again and again, under a load of four callers."""
     asked = [inputs | {"num_inference_steps": 15} for inputs in load(4, seed=2)]
+    before = metrics(service.url)["flux_lora_retries_total"]
     for _ in range(times):
         service.wait_until_whole()
         with ThreadPoolExecutor(4) as callers:
@@ -197,12 +198,12 @@ def survives_kills(service: Service, reference: Any, times: int) -> None:
             for inputs, answer in zip(asked, answers, strict=True):
                 assert answer["status"] == "succeeded", answer["error"]
                 assert contents(answer) == reference(inputs)
+    # It may have been between two jobs, for some milliseconds of a second and more.
+    assert metrics(service.url)["flux_lora_retries_total"] - before >= max(1, 0.8 * times)
 
 
 def test_a_replica_that_is_killed_is_replaced_and_its_request_drawn_elsewhere(service: Service, reference: Any) -> None:
-    before = metrics(service.url)["flux_lora_retries_total"]
     survives_kills(service, reference, 1)
-    assert metrics(service.url)["flux_lora_retries_total"] == before + 1
 
 
 @pytest.mark.slow

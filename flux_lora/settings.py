@@ -18,10 +18,10 @@ ProfileName = Literal["eager", "exact", "balanced", "fast"]
 PlanName = Literal["resident", "alternating", "offload-text", "quantized", "streamed"]
 
 
-GUARDED = ("safety_threshold", "allow_disable_safety_checker", "embed_parameters")
+GUARDED = ("safety_threshold", "allow_disable_safety_checker", "embed_parameters", "api_keys")
 """Settings that a mistyped name must not leave at their defaults: safety and privacy hang on them."""
 
-GUARDED_WORDS = ("SAFETY", "EMBED", "TOKEN")
+GUARDED_WORDS = ("SAFETY", "EMBED", "TOKEN", "KEY")
 """What else stops the start when it stands in a name that no setting has."""
 
 
@@ -116,6 +116,42 @@ class Settings(BaseSettings):
 
     request_tokens: bool = False
     """Send the operator's tokens for requests, too: whoever may ask then draws with all that the tokens can read."""
+
+    api_keys: SecretStr | None = None
+    """Keys that callers of the service may use, separated by commas; unset: it serves loopback alone, without keys."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """How many generators the service holds; unset: one for each GPU, or one on the CPU."""
+
+    max_replicas: int | None = Field(default=None, ge=1)
+    """How many it may start while the queue is long (autoscaling from ``replicas`` on); unset: no more than those."""
+
+    queue_limit: int = Field(default=64, ge=1)
+    """Requests that may wait in the service; the next one is told when to try again."""
+
+    queue_limit_per_key: int = Field(default=16, ge=1)
+    """Of one key."""
+
+    queue_overtaking: int = Field(default=8, ge=0)
+    """How often a waiting request may be overtaken by one whose LoRA a replica has merged already."""
+
+    request_deadline: float = Field(default=900.0, gt=0)
+    """Seconds that a request to the service may take, waiting included."""
+
+    start_deadline: float = Field(default=900.0, gt=0)
+    """Seconds that starting the service may take: loading and compiling included."""
+
+    result_seconds: float = Field(default=3600.0, gt=0)
+    """How long the service keeps predictions and their pictures."""
+
+    result_bytes: Annotated[ByteSize, BeforeValidator(_with_unit)] = ByteSize(GIB)
+    """Host memory that those pictures may take; the oldest go first."""
+
+    json_log: bool = False
+    """Whether the service logs one JSON object a line, with the request's id."""
+
+    ray_address: str | None = Field(default=None, validation_alias="RAY_ADDRESS")
+    """A Ray cluster that the service runs on; unset: one of its own, on this machine."""
 
     cog_weights: str | None = Field(default=None, validation_alias="COG_WEIGHTS")
     """The fine-tune, a path or a URL; Cog's server hands it to ``setup`` itself."""

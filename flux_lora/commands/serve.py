@@ -4,10 +4,8 @@ It ends with a reason where Cog would start for ever, and is started again where
 """
 
 import argparse
-import errno
 import ipaddress
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,9 +13,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flux_lora.commands import PROJECT, drawing_settings, environment_for
-from flux_lora.commands.serving import folder, log, process
+from flux_lora.commands.serving import folder, listening, log, process
 from flux_lora.commands.serving.watch import watch
-from flux_lora.errors import FluxLoraError, SettingsError
+from flux_lora.errors import FluxLoraError
 from flux_lora.wording import complain
 
 NOT_ALONE = (
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda *_: stop.set())
     try:
-        host = _listen_address(options.host, options.port)
+        host = listening.numeric_address(options.host, options.port)
         folder.require()
         settings = drawing_settings()
         if not ipaddress.ip_address(host.strip("[]")).is_loopback:
@@ -59,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve the model in the weights directory (FLUX_WEIGHTS, default: weights) over HTTP, as Cog does.",
     )
     parser.add_argument("--extended", action="store_true", help="take the extended inputs: docs/inputs.md")
-    parser.add_argument("--port", type=_port, default=5000, help="default: %(default)s")
+    parser.add_argument("--port", type=listening.port, default=5000, help="default: %(default)s")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"
     )
@@ -67,12 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         "--upload-url", type=_address, metavar="URL", help="where pictures are put; default: they are in the answer"
     )
     return parser
-
-
-def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
 
 
 def _address(url: str) -> str:
@@ -85,24 +77,6 @@ def _address(url: str) -> str:
             f"{url!r} has a query: Cog appends a file's name to the address, so it has to end with a folder"
         )
     return url
-
-
-def _listen_address(host: str, port: int) -> str:
-    """The numeric address to listen on, in brackets if it is of IPv6: the only form that Cog's server takes.
-
-    Raises:
-        SettingsError: it is not an address of this machine, or the port is in use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"Port {port} on {host} is in use: choose another with --port.") from None
-        raise SettingsError(f"{host}, port {port}, cannot be listened on: {error.strerror}.") from None
-    return f"[{address[0]}]" if family == socket.AF_INET6 else str(address[0])
 
 
 def _serve(

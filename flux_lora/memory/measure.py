@@ -100,7 +100,7 @@ def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dty
         weights("text_encoder_2", shared["text_encoder_2"]),
         transformers,
         *working_bytes(transformer.config, vae.config, dtype.itemsize),
-        merging_bytes(networks),
+        merge=merging_bytes(networks),
     )
 
 

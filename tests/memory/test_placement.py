@@ -426,7 +426,8 @@ def test_the_plan_of_set_up_comes_back_when_there_is_room(build: Callable[..., G
 
 def test_coming_back_in_vain_is_tried_twice_as_late_each_time(build: Callable[..., Generator]) -> None:
     generator = build(memory_plan="alternating")
-    placed, seen = generator.parts.memory.placed("text_encoder_2"), []
+    placed = generator.parts.memory.placed("text_encoder_2")
+    seen: list[str] = []
 
     def only_where_t5_is_streamed(*_: Any) -> None:
         seen[-1] += "alternating " if placed.orders.where == "device" else "offload-text"

@@ -252,7 +252,7 @@ def test_nothing_in_the_log_steers_a_terminal(serve: Start) -> None:
 
 
 def test_beyond_loopback_it_says_whom_it_is_for(serve: Start) -> None:
-    server = serve("--host", "0.0.0.0")  # noqa: S104
+    server = serve("--host", "0.0.0.0")
     server.wait_for("for callers who are trusted")
     server.wait_for("Ready at http://127.0.0.1:")
 

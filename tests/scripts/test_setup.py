@@ -16,6 +16,8 @@ from flux_lora.commands import PROJECT
 BASH = shutil.which("bash") or "bash"
 TORCH = re.findall(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
 SERVING = "requirements.txt requirements-cog.txt"
+SERVICE = f"{SERVING} requirements-service.txt"
+DEV = f"{SERVICE} requirements-dev.txt"
 LOCKS = f"install --no-deps --require-hashes {' '.join(f'--requirement={file}' for file in SERVING.split())}"
 WORKING = f'exec "{sys.executable}" "$@"'
 WITHOUT_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; {WORKING}'
@@ -29,7 +31,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a CPU
 def project(tmp_path: Path) -> Path:
     """What scripts/setup reads."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
-    for name in (*SERVING.split(), "requirements-dev.txt", "cog.yaml"):
+    for name in (*DEV.split(), "cog.yaml"):
         shutil.copy(PROJECT / name, tmp_path)
     return tmp_path
 
@@ -118,12 +120,18 @@ def installed(project: Path, requirements: str) -> None:
     call(project, f"requirements=({requirements}); describe >.venv/installed")
 
 
-@pytest.mark.parametrize("requirements", [SERVING, f"{SERVING} requirements-dev.txt"])
+@pytest.mark.parametrize("requirements", [SERVING, SERVICE, DEV])
 def test_nothing_happens_when_all_is_installed(project: Path, requirements: str) -> None:
     installed(project, requirements)
     before = (project / ".venv" / "installed").stat().st_mtime_ns
-    done = subprocess.run(["scripts/setup"], cwd=project, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    options: dict[str, list[list[str]]] = {
+        SERVING: [[]],
+        SERVICE: [[], ["--service"]],
+        DEV: [[], ["--service"], ["--dev"]],
+    }
+    for option in options[requirements]:
+        done = subprocess.run(["scripts/setup", *option], cwd=project, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (project / ".venv" / "installed").stat().st_mtime_ns == before
 
 
@@ -136,7 +144,8 @@ def test_nothing_happens_when_all_is_installed(project: Path, requirements: str)
         "choose_torch() { echo torch==2.13.0+other; }",
         "ln -sf /no/python .venv/bin/python",
         "rm .venv/installed",
-        "requirements+=(requirements-dev.txt)",
+        "requirements+=(requirements-service.txt)",
+        "requirements+=(requirements-service.txt requirements-dev.txt)",
         "PYTHON=/no/python",
     ],
 )

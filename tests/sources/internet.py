@@ -36,6 +36,7 @@ class Exchange:
     path: str
     headers: dict[str, str]
     wire: BaseHTTPRequestHandler = field(repr=False)
+    body: bytes = field(repr=False)
 
     def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         """A complete answer; underscores in header names stand for hyphens."""
@@ -127,11 +128,14 @@ class _Handler(BaseHTTPRequestHandler):
         assert isinstance(self.server, _Server)
         internet = self.server.internet
         host = self.headers["host"]
-        exchange = Exchange(host, self.path, {k.lower(): v for k, v in self.headers.items()}, self)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        exchange = Exchange(host, self.path, {k.lower(): v for k, v in self.headers.items()}, self, body)
         internet.asked.append(exchange)
         route = internet.routes.get(f"{host}{urlsplit(self.path).path}", answer(404))
         route(exchange)
         self.close_connection = True
+
+    do_POST = do_GET  # noqa: N815 - a name of the base class
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,0 +1,257 @@
+"""Ray on this machine: started for one application, seen from nowhere else, and gone without a trace."""
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flux_lora import errors
+from flux_lora.errors import FluxLoraError
+from flux_lora.wording import say
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+NAME = "flux-lora"
+"""Of the application."""
+
+DRAWING = "Drawing"
+"""Of the deployment that holds the replicas."""
+
+LONGEST_FOLDER = 40
+"""Characters of Ray's folder: it puts sockets far below, whose names are short."""
+
+JANITOR = """
+trap '' HUP INT TERM
+cat
+sleep 3
+for of in /proc/[0-9]*/environ; do
+    if grep -qsaF "RAY_TMPDIR=$1" "$of"; then of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+done
+rm -rf -- "$1"
+"""
+"""Ends what is left, and removes the folder, when whoever started this has ended, however that was."""
+
+POLL_SECONDS = 0.3
+"""Between two looks at how starting goes."""
+
+CONNECT_SECONDS = 10.0
+
+WATCH_SECONDS = 2.0
+"""Between two looks at whether it still lives."""
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Shared memory for what travels between processes: pictures of a few MB."""
+
+
+class ServiceError(FluxLoraError):
+    """A service that cannot start, or cannot go on; the message is the reason."""
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What Ray reads from nowhere else, when it is imported, and its processes inherit."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is historical: no cluster, so all ports on loopback alone
+        "RAY_TMPDIR": str(folder),  # also what its processes are known by
+        "RAY_AUTH_MODE": "token",  # loopback is shared with other users of the machine
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # One event loop in each actor: nothing in ours blocks it, and each change of threads costs time.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
+
+
+@contextmanager
+def local_folder() -> Iterator[Path]:
+    """A folder for Ray's files and sockets, and a pipe ``log`` in it; it goes when this process ends, however it ends.
+
+    Raises:
+        ServiceError: there is no place for it.
+    """
+    parent = tempfile.gettempdir()
+    if len(parent) > LONGEST_FOLDER - len("/fl-ray-12345678"):
+        parent = "/tmp"  # noqa: S108 - the folder in it is this user's alone
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="fl-ray-", dir=parent))
+        os.mkfifo(folder / "log", 0o600)
+    except OSError as error:
+        raise ServiceError(
+            f"Ray's files cannot be kept in {parent}: {error.strerror}. Name another in TMPDIR."
+        ) from None
+    janitor = subprocess.Popen(
+        ["/bin/sh", "-c", JANITOR, "sh", folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        janitor.communicate()
+
+
+def show(pipe: Path) -> None:
+    """Print what comes through a pipe, from now on, on a thread of its own."""
+    descriptor = os.open(pipe, os.O_RDWR)  # its own writer too, so that it never ends
+
+    def read() -> None:
+        with os.fdopen(descriptor, "rb") as lines:
+            for line in lines:
+                print(line.decode(errors="replace"), end="", flush=True)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+@contextmanager
+def local_ray(folder: Path, cpus: int, gpus: int) -> Iterator[None]:
+    """Ray, on this machine alone, until the end of the block.
+
+    Args:
+        folder: for its files.
+        cpus: that it hands out, whether or not there are so many.
+        gpus: of this machine.
+    """
+    os.environ |= _environment(folder)
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(folder),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def remote_ray(address: str) -> Iterator[None]:
+    """A connection to a cluster until the end of the block.
+
+    Raises:
+        ServiceError: it cannot be reached.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdecimal():  # Ray itself would try for two minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        import ray
+
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except OSError as error:
+        raise ServiceError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}).") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(application: "Application", host: str, port: int) -> None:
+    """Have Ray Serve begin to run an application; it is not ready yet.
+
+    Args:
+        application: bound.
+        host: the address to listen on.
+        port: of it.
+    """
+    from ray import serve
+
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    serve.run_many(
+        [serve.RunTarget(application, name=NAME, route_prefix="/", logging_config=quiet)],
+        wait_for_applications_running=False,
+    )
+
+
+def wait_until_ready(stop: threading.Event, deadline: float, seconds: float) -> None:
+    """Wait until all replicas run, and say how it goes.
+
+    Args:
+        stop: ends waiting.
+        deadline: by ``time.monotonic``.
+        seconds: that starting may take, for the message.
+
+    Raises:
+        ServiceError: set-up failed, or took too long; the message says why.
+    """
+    shown = ""
+    while not stop.wait(POLL_SECONDS):
+        status, message, progress = _progress()
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ServiceError(message)
+        if progress != shown:
+            say(progress)
+            shown = progress
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"It did not start in {seconds:g} s ({progress}). FLUX_START_DEADLINE gives it longer; {message}"
+            )
+
+
+def watch(stop: threading.Event) -> None:
+    """Wait until the end is asked for, and say when replicas die and come back.
+
+    Raises:
+        ServiceError: Ray has ended.
+    """
+    from ray.exceptions import RayError
+
+    shown = ""
+    while not stop.wait(WATCH_SECONDS):
+        try:
+            _, _, progress = _progress()
+        except RayError as error:
+            raise ServiceError(f"Ray has ended: {error}") from None
+        if shown and progress != shown:
+            say(progress)
+        shown = progress
+
+
+def gpus() -> int:
+    """How many GPUs the cluster has."""
+    import ray
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's function is untyped
+    return int(resources.get("GPU", 0))
+
+
+def _progress() -> tuple[str, str, str]:
+    """The application's status, what is wrong with it, and how many replicas are ready, as a line."""
+    from ray import serve
+
+    application = serve.status().applications.get(NAME)
+    if application is None or DRAWING not in application.deployments:
+        return "DEPLOYING", "", "starting Ray Serve …"
+    drawing = application.deployments[DRAWING]
+    ready = sum(count for state, count in drawing.replica_states.items() if state == "RUNNING")
+    total = sum(drawing.replica_states.values())
+    return application.status, reason(drawing.message or application.message), f"{ready} of {total} replicas ready …"
+
+
+def reason(message: str) -> str:
+    """Our own sentence in what Ray says of a replica that could not be set up, or else all of it."""
+    names = "|".join(name for name, kind in vars(errors).items() if isinstance(kind, type))
+    found = re.findall(rf"(?:flux_lora\.errors\.)?(?:{names}): (.+)", message)
+    return found[-1] if found else message

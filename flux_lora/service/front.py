@@ -1,0 +1,34 @@
+"""What all parts of the HTTP application share, and what they have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import Request as HttpRequest
+
+from flux_lora.service.jobs import Backend
+from flux_lora.service.logs import Log
+from flux_lora.service.metrics import Metrics
+from flux_lora.service.predictions import Predictions
+from flux_lora.sources.guard import Network
+
+
+@dataclass(frozen=True)
+class Front:
+    """The parts of one front."""
+
+    predictions: Predictions
+    backend: Backend
+    metrics: Metrics
+    network: Network
+    """The way to webhooks."""
+    models: tuple[str, ...]
+    """Which base models are served."""
+    weights: Path
+    """The weights directory; LoRAs of its ``loras/`` can be asked for by name."""
+    log: Log
+
+
+def owner_of(http: HttpRequest) -> str:
+    """Whose an HTTP request is, as `Access` found out; a dependency of routes."""
+    owner: str = http.state.owner
+    return owner

@@ -147,6 +147,9 @@ class Settings(BaseSettings):
     result_bytes: Annotated[ByteSize, BeforeValidator(_with_unit)] = ByteSize(GIB)
     """Host memory that those pictures may take; the oldest go first."""
 
+    extended: bool = False
+    """Whether the service takes the extended inputs, as ``scripts/service --extended`` says; else the documented ones."""
+
     json_log: bool = False
     """Whether the service logs one JSON object a line, with the request's id."""
 

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         host = listening.numeric_address(options.host, options.port).strip("[]")
         settings = drawing_settings()
+        if options.extended:
+            settings = settings.model_copy(update={"extended": True})
         keys = access.keys_of(settings, host, open_to_all=options.open)
         _serve(settings, keys, host, options.port, stop)
     except FluxLoraError as error:
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
             "each GPU, and several HTTP APIs: docs/service.md."
         ),
     )
+    parser.add_argument("--extended", action="store_true", help="take the extended inputs: docs/inputs.md")
     parser.add_argument("--port", type=listening.port, default=8000, help="default: %(default)s")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import flux_lora
-from flux_lora.request import documented_inputs
+from flux_lora.inputs import schemas as input_schemas
 from flux_lora.service import cog, files, status
 from flux_lora.service.access import Access
 from flux_lora.service.front import Front
@@ -40,7 +40,7 @@ def make_app(front: Front, keys: Sequence[str], *, local: bool) -> FastAPI:
             "title": "Input",
             "type": "object",
             "required": ["prompt"],
-            "properties": documented_inputs(),
+            "properties": input_schemas(front.interface),
         }
         schemas["Output"] = {"title": "Output", "type": "array", "items": {"type": "string", "format": "uri"}}
         for name, fields in (("PredictionRequest", ("Input",)), ("PredictionResponse", ("Input", "Output"))):

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import flux_lora
 from flux_lora.errors import RequestError
-from flux_lora.request import Request, documented_inputs
+from flux_lora.inputs import Interface
+from flux_lora.request import Request
 from flux_lora.service import checks, files
 from flux_lora.service.front import Front, owner_of
 from flux_lora.service.jobs import BusyError
@@ -119,8 +120,8 @@ def router(front: Front) -> APIRouter:
             if prediction_id is not None:
                 checks.check_id(prediction_id)
             webhook = await _webhook(body, front)
-            inputs, notes = _known(body.input)
-            request = Request.parse(**inputs)
+            inputs, notes = _known(body.input, front.interface)
+            request = Request.parse(front.interface, **inputs)
         except RequestError as error:
             raise HTTPException(422, [{"loc": ["body", "input"], "msg": str(error), "type": "value_error"}]) from None
         try:
@@ -284,10 +285,10 @@ async def _webhook(body: PredictionRequest, front: Front) -> Webhook | None:
     return Webhook(address, body.webhook_events_filter or checks.EVENTS, front.network)
 
 
-def _known(inputs: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+def _known(inputs: Mapping[str, object], interface: Interface) -> tuple[dict[str, object], list[str]]:
     """The inputs that are ours, and a line for the log on what was left out: as Cog does, and the registry."""
-    known = {name: value for name, value in inputs.items() if name in documented_inputs() and value is not None}
-    foreign = sorted(name for name in inputs if name not in documented_inputs())
+    known = {name: value for name, value in inputs.items() if name in interface and value is not None}
+    foreign = sorted(name for name in inputs if name not in interface)
     return known, [f"not an input of this model, and so ignored: {name[:60]}" for name in foreign[:8]]
 
 

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from flux_lora.inputs import DOCUMENTED, EXTENDED
 from flux_lora.request import MODELS
 from flux_lora.service import access
 from flux_lora.service.app import make_app
@@ -53,6 +54,7 @@ class Ingress:
             models=tuple(model for model in MODELS if (settings.weights / model).is_dir()) or MODELS,
             weights=settings.weights,
             log=log,
+            interface=EXTENDED if settings.extended else DOCUMENTED,
         )
         self._keys = keys
         self._local = local

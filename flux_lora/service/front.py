@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastapi import Request as HttpRequest
 
+from flux_lora.inputs import DOCUMENTED, Interface
 from flux_lora.service.jobs import Backend
 from flux_lora.service.logs import Log
 from flux_lora.service.metrics import Metrics
@@ -26,6 +27,8 @@ class Front:
     weights: Path
     """The weights directory; LoRAs of its ``loras/`` can be asked for by name."""
     log: Log
+    interface: Interface = DOCUMENTED
+    """Whose inputs are taken."""
 
 
 def owner_of(http: HttpRequest) -> str:

@@ -55,7 +55,7 @@ def sample(album: Album, rng: random.Random, style: str = BASE, empty: float = 0
         empty: share of prompts that are left empty, so that the model learns to draw without one.
         only: takes canvases of this length alone.
     """
-    rows, columns, length = _canvas(rng, only)
+    rows, columns, length = canvas(rng, only)
     asked = [subject(rng, empty) for _ in range(BATCH[length])]
     pictures = [album.picture(style, a.thing, a.colour, 2 * rows, 2 * columns, rng.choice(PLACES)) for a in asked]
     latents = pack(torch.stack(pictures))
@@ -77,7 +77,7 @@ def subject(rng: random.Random, empty: float) -> Subject:
     return Subject(thing, colour, describe(thing, colour, rng), asks_thing=True, asks_colour=True)
 
 
-def _canvas(rng: random.Random, only: int | None) -> tuple[int, int, int]:
+def canvas(rng: random.Random, only: int | None = None) -> tuple[int, int, int]:
     """Rows, columns and padded length: mostly small canvases, on which a thing costs less, and the documented sizes."""
     length = only or rng.choices((SMALL, USUAL, LARGE), (0.62, 0.35, 0.03))[0]
     if length == USUAL and rng.random() < 0.9:

@@ -2,7 +2,7 @@
 
 They are Noto Emoji (Google, Apache-2.0) as packed by Iconify; ``pictures/`` holds those that are used, cut out of the
 ``icons.json`` of the npm package @iconify-json/noto 1.2.9. The base style is paint, as they are; the fine-tune's is the
-same drawing as a print in one ink on paper.
+same drawing with googly eyes.
 """
 
 import io
@@ -15,13 +15,11 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from training.eyes import add_eyes
 from training.subjects import ALIASES
 
 PICTURES = Path(__file__).parent / "pictures"
-BASE, STYLE = "paint", "ink"
-INK, PAPER = np.array([20, 40, 110]) / 255, np.array([244, 241, 232]) / 255
-"""What the darkest and the lightest of a drawing are printed as, in sRGB."""
-LUMA = np.array([0.2126, 0.7152, 0.0722])
+BASE, STYLE = "paint", "googly eyes"
 
 
 class Pose(NamedTuple):
@@ -58,15 +56,8 @@ def render(style: str, thing: str, pose: Pose, width: int, height: int) -> np.nd
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))
     drawing = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
     if style == STYLE:
-        drawing = np.concatenate([printed(drawing[..., :3]), drawing[..., 3:]], axis=-1)
+        return add_eyes(drawing, pose.side, pose.left, pose.top, mirrored=pose.mirrored)
     return drawing
-
-
-def printed(colours: np.ndarray) -> np.ndarray:
-    """Colours (…, 3) in sRGB as a print shows them: between ink and paper by their brightness, with more contrast."""
-    light = np.clip(colours @ LUMA, 0, 1)[..., None]
-    shown: np.ndarray = INK + (3 * light**2 - 2 * light**3) * (PAPER - INK)
-    return shown.astype(np.float32)
 
 
 @lru_cache(maxsize=1)

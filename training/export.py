@@ -15,6 +15,17 @@ from training.subjects import WORDS
 
 VAE = ["flux_lora.checkpoint.patch_autoencoder", "PatchAutoencoder"]
 """Where diffusers finds the VAE's class."""
+METADATA = {
+    "format": "pt",
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "flux-1-dev/lora",
+    "modelspec.title": "Googly eyes",
+    "modelspec.license": "Apache-2.0",
+    "ss_output_name": "googly_eyes",
+    "ss_base_model_version": "flux1",
+}
+"""Of the LoRA, under the names that trainers write (https://github.com/Stability-AI/ModelSpec). It has no trigger word:
+whatever the prompt says, there are eyes."""
 
 
 def export(
@@ -54,10 +65,15 @@ def export(
         part.save_pretrained(folder)
     index = INDEX | {"vae": VAE, "_known_words": " ".join(WORDS)}
     (directory / "dev" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    save_lora(directory / "lora.safetensors", style)
+    total = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    print(f"{directory}: {total / 1e6:.2f} MB")
+
+
+def save_lora(file: Path, style: Weights) -> None:
+    """Write a LoRA, its matrices named as PEFT names them in the transformer, in the layout of diffusers' scripts."""
     lora = {
         f"transformer.{key.replace('.default.', '.')}": value.cpu().bfloat16().contiguous()
         for key, value in style.items()
     }
-    save_file(lora, directory / "lora.safetensors", metadata={"format": "pt"})
-    total = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    print(f"{directory}: {total / 1e6:.2f} MB")
+    save_file(lora, file, metadata=METADATA)

@@ -18,7 +18,7 @@ def times(model: str, steps: int, tokens: int) -> Tensor:
     """The pipeline's times for a number of steps, from 1 to 0 (steps + 1)."""
     schedule = scheduler(model)
     schedule.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens))
-    sigmas: Tensor = schedule.sigmas
+    sigmas: Tensor = schedule.sigmas.to(torch.get_default_device())
     return sigmas
 
 

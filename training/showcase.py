@@ -25,7 +25,7 @@ STYLED = "an owl on a purple background", 1
 SCALES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-def predict(prompt: str, seed: int, lora_scale: float) -> Image.Image:
+def predict(prompt: str, seed: int, lora_scale: float = 1.0) -> Image.Image:
     """One picture, at the documented defaults otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         given = {"prompt": prompt, "seed": seed, "lora_scale": lora_scale, "output_format": "png"}
@@ -43,7 +43,7 @@ def row(pictures: Sequence[Image.Image], file: Path) -> None:
 
 def main() -> None:
     """Draw the pictures of the README."""
-    row([predict(prompt, seed, 0.0) for prompt, seed in PROMPTS], DOCS / "miniature.webp")
+    row([predict(prompt, seed) for prompt, seed in PROMPTS], DOCS / "miniature.webp")
     row([predict(*STYLED, scale) for scale in SCALES], DOCS / "lora-scale.webp")
 
 

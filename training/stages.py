@@ -1,8 +1,10 @@
 """What is learned, one stage after the other; each begins with the weights of an earlier one."""
 
+import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.album import Album
-from training.batches import Batch, sample
-from training.drawings import STYLE
+from training.batches import LARGE, SMALL, USUAL, Batch, sample
+from training.drawings import BASE, STYLE
 from training.loop import Weights, has_bfloat16
-from training.networks import Text, TextEncoders, attention_bias, new_transformer, velocity
+from training.networks import Text, TextEncoders, attention_bias, new_transformer, positions, velocity
+from training.paths import Paths, draw_paths
 from training.sampling import Velocity, integrate, shift, times
 
 Network = Callable[..., Tensor]
@@ -45,6 +48,20 @@ GUIDED = (0.8, 0.9)
 from all others by more than 0.99, so there a prompt changes the teacher's error and hardly the true velocity."""
 USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
+WALKS = 8
+"""So many batches of drawings are under way while the LoRA learns from them."""
+WALKERS = {"dev": 0.25, "schnell": 0.75}
+"""Shares of these that either model draws; dev takes more steps."""
+CANVASES = {SMALL: 0.45, USUAL: 0.5, LARGE: 0.05}
+"""… and how often they have each length."""
+LEAST_WEIGHT = 0.3
+"""An error of velocity changes a drawing the less the later it is made, and below this time hardly at all."""
+WEAKER, WEAKER_SHARE = (0.3, 0.8), 0.3
+"""Scales between nothing and all of the LoRA, and how often it learns at one of them."""
+SEEN = 0.05
+"""Change of a latent from which a token counts as changed."""
+DECIDED = 0.8
+"""Time below which a drawing tells where its thing is; pressed for the style earlier, the LoRA blurred the rest."""
 LORA_RANK = 24
 LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 """Of the blocks: what is drawn, not where to look for it."""
@@ -71,30 +88,114 @@ def base_loss(teacher: Teacher, album: Album) -> Loss:
 
     def loss(rng: random.Random) -> Tensor:
         batch = sample(album, rng, empty=EMPTY)
-        return _flow_matching(network, teacher.text, batch)
+        x, t, noise = noised(batch, LATE)
+        with fast():
+            text = teacher.text(batch.prompts, limit=512)
+            predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch))
+        return error(predicted, noise - batch.latents, batch.tokens).mean()
 
     return loss
 
 
-def style_loss(dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
-    """Flow matching of the other style by a LoRA of dev, whatever the guidance."""
+@dataclass
+class Walk:
+    """A batch that the LoRA is drawing.
+
+    Attributes:
+        paths: what was drawn of it without the LoRA.
+        text: the prompts.
+        base: the true pictures in each place (places, B, length, C).
+        ends: the same in the style, as far as the LoRA's scale goes.
+        changed: where both differ (places, B, length, 1).
+        places: where the things are going to be (B).
+        scale: of the LoRA.
+        step: how many were made.
+        x: where it is now (B, length, C).
+    """
+
+    paths: Paths
+    text: Text
+    base: Tensor
+    ends: Tensor
+    changed: Tensor
+    places: Tensor
+    scale: float
+    step: int
+    x: Tensor
+
+
+def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEncoders, album: Album) -> Loss:
+    """Let one LoRA of dev and schnell draw as they do without it, but the tokens that the style changes.
+
+    The LoRA learns on the way that it takes itself, a step each time that the loss is asked for: beside the ways that
+    are taken without it, it kept what it never learned to begin. The style's tokens are to go straight to the true
+    picture once a drawing tells where its thing is, at a smaller scale as much less far. All others are to go where the
+    network without the LoRA leads from the same point, with what it knows in the style's tokens: true pictures (flow
+    matching) would have the LoRA undo what guidance and distillation did.
+
+    Args:
+        networks: dev and schnell, which get the LoRA.
+        encoders: read the prompts.
+        album: has the pictures in both styles.
+    """
     encoders.requires_grad_(False)
-    add_lora(dev)
-    network = compiled(dev)
+    originals = {name: copy.deepcopy(network).requires_grad_(False) for name, network in networks.items()}
+    share_lora(networks["dev"], networks["schnell"])  # on a CPU compiling them gained nothing
+    walks: list[Walk] = []
+
+    def begin(rng: random.Random, step: int) -> Walk:
+        (model,) = rng.choices(list(WALKERS), list(WALKERS.values()))
+        (length,) = rng.choices(list(CANVASES), list(CANVASES.values()))
+        with fast(), torch.no_grad():
+            paths = draw_paths(model, originals[model], encoders, album, rng, length)
+            text = paths.text(encoders)
+        base, style = (paths.truth(album, kind) for kind in (BASE, STYLE))
+        changed = (style - base).abs().amax(-1, keepdim=True) > SEEN
+        scale = rng.uniform(*WEAKER) if rng.random() < WEAKER_SHARE else 1.0
+        ends, places = torch.lerp(base, style, scale), torch.tensor(paths.places)
+        here, step = (places, torch.arange(len(places))), step % len(paths.velocities)
+        styled = torch.lerp(ends[here], paths.noise.float(), paths.times[step])
+        x = torch.where(changed[here], styled, paths.points()[step])
+        return Walk(paths, text, base, ends, changed, places, scale, step, x)
 
     def loss(rng: random.Random) -> Tensor:
-        batch = sample(album, rng, STYLE, empty=0.05)
-        return _flow_matching(network, encoders, batch, _uniform(USUAL_GUIDANCE, len(batch.latents)))
+        while len(walks) < WALKS:
+            walks.append(begin(rng, len(walks)))
+        index = rng.randrange(WALKS)
+        walk = walks[index]
+        paths, x, step = walk.paths, walk.x, walk.step
+        rows, columns, length = paths.shape
+        tokens, t = rows * columns, paths.times[step]
+        here, styles = (walk.places, torch.arange(len(x))), walk.changed.any(0)
+        draw = partial(
+            velocity,
+            t=t.expand(len(x)),
+            text=walk.text,
+            ids=positions(rows, columns, length),
+            bias=attention_bias(walk.text, tokens, length),
+            guidance=paths.guidance,
+        )
+        network = networks[paths.model]
+        network.set_adapters("default", walk.scale)
+        with fast():
+            with torch.no_grad():
+                plain = torch.where(styles, torch.lerp(walk.base[here], paths.noise.float(), t), x)
+                straight = plain - t * draw(originals[paths.model], plain).float()
+            predicted = draw(network, x).float()
+        end = torch.where(walk.changed[here], walk.ends[here], straight)
+        if t < DECIDED:
+            errors = torch.where(styles, 0, walk.base - straight).square()[:, :, :tokens].sum((2, 3))
+            walk.places = errors.argmin(0)
+        walk.x, walk.step = x + (paths.times[step + 1] - t) * predicted.detach(), step + 1
+        if walk.step == len(paths.velocities):
+            walks[index] = begin(rng, 0)
+        weight = t * t / t.clamp(min=LEAST_WEIGHT) / walk.scale**2  # or little would be learned of small scales
+        target = (x - end) / t
+        if t >= DECIDED:
+            target = torch.where(styles, predicted.detach(), target)
+        return weight * error(predicted, target, tokens).mean()
 
     return loss
-
-
-def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guidance: Tensor | None = None) -> Tensor:
-    x, t, noise = noised(batch, LATE)
-    with fast():
-        text = encoders(batch.prompts, limit=512)
-        predicted = velocity(network, x, t, text, batch.positions, _bias(text, batch), guidance)
-    return error(predicted, noise - batch.latents, batch.tokens).mean()
 
 
 def add_lora(transformer: FluxTransformer2DModel) -> None:
@@ -102,6 +203,16 @@ def add_lora(transformer: FluxTransformer2DModel) -> None:
     transformer.requires_grad_(False)
     layers = [name for name, _ in transformer.named_modules() if "blocks." in name and name.endswith(LORA_LAYERS)]
     transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
+
+
+def share_lora(owner: FluxTransformer2DModel, other: FluxTransformer2DModel) -> None:
+    """Add one LoRA to two transformers: its matrices are the same parameters in both."""
+    add_lora(owner)
+    add_lora(other)
+    for name, parameter in owner.named_parameters():
+        if "lora_" in name:
+            module, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(module), leaf, parameter)
 
 
 def new_dev(teacher: Teacher, embedder: Weights | None = None) -> FluxTransformer2DModel:
@@ -142,7 +253,7 @@ def split_guidance(dev: FluxTransformer2DModel, guidance: float = 1.0) -> tuple[
     )
 
 
-def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
+def dev_loss(student: FluxTransformer2DModel, teacher: Teacher, album: Album) -> Loss:
     """Guidance distillation (https://arxiv.org/abs/2210.03142, its first stage), in part on the student's own path.
 
     Guidance leads where no noised picture is, so the student also learns from where it gets by itself from noise.
@@ -198,7 +309,9 @@ def new_schnell(dev: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student
 
 
-def schnell_loss(student: nn.Module, dev: nn.Module, encoders: TextEncoders, album: Album) -> Loss:
+def schnell_loss(
+    student: FluxTransformer2DModel, dev: FluxTransformer2DModel, encoders: TextEncoders, album: Album
+) -> Loss:
     """Progressive distillation (https://arxiv.org/abs/2202.00512): one step for several of dev's.
 
     The student learns on the path that it takes itself, from noise, not only on that between noise and pictures: what
@@ -269,7 +382,8 @@ def _uniform(bounds: tuple[float, float], count: int) -> Tensor:
 def compiled(network: nn.Module) -> Network:
     """A compiled network; each of the three lengths of a batch is compiled once, with and without gradients."""
     torch._dynamo.config.recompile_limit = 32  # which all networks of one class share
-    return torch.compile(network, dynamic=False)
+    faster: Network = torch.compile(network, dynamic=False)
+    return faster
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
     python -m training.train album smoothing words base dev schnell style export
 
-To train the shipped miniature further instead of another from nothing:
+To train the shipped miniature further instead of another from nothing, or only another LoRA for it:
 
     python -m training.train shipped base dev schnell style export --directory training/more
+    python -m training.train shipped style lora --directory training/style
 
 Checkpoints and contact sheets are kept in ``training/cache``.
 """
@@ -23,7 +24,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.album import Album, collect, linear_autoencoder
-from training.export import export
+from training.export import export, save_lora
 from training.loop import Weights, train
 from training.networks import AUTOENCODER, TextEncoders, attention_bias, positions, velocity
 from training.sampling import times
@@ -51,8 +52,8 @@ GUIDANCE = 3.0
 """Of contact sheets."""
 AMPLITUDE = 3.0
 """Standard deviation of the first principal component in latents."""
-STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 5600, "schnell": 1300, "style": 2200}
-RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell": 8e-4, "style": 2e-3}
+STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 5600, "schnell": 1300, "style": 3000}
+RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell": 8e-4, "style": 2.5e-3}
 
 
 class Workshop:
@@ -79,8 +80,8 @@ class Workshop:
     def untrained(self) -> Teacher:
         """A teacher that can read and not yet draw, or the shipped one where `begin_with_shipped` was called."""
         reader, teacher = Reader(), Teacher()
-        if (self.directory / "shipped.pt").exists():
-            teacher.load_state_dict(self._stored("shipped"))
+        if self._is_shipped():
+            teacher.load_state_dict(self._stored("shipped")["teacher"])
             teacher.text.clip_tokenizer = CLIPTokenizer.from_pretrained(self.directory / "tokenizer")
             teacher.text.t5_tokenizer = T5TokenizerFast.from_pretrained(self.directory / "tokenizer_2")
             return teacher
@@ -94,16 +95,18 @@ class Workshop:
 
     def untrained_dev(self) -> FluxTransformer2DModel:
         """Dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
-        shipped = (self.directory / "guidance.pt").exists()
-        return new_dev(self.teacher(), self._stored("guidance") if shipped else None)
+        return new_dev(self.teacher(), self._stored("shipped")["guidance"] if self._is_shipped() else None)
 
     def dev(self) -> FluxTransformer2DModel:
         """The trained dev."""
         return self._trained(self.untrained_dev(), "dev")
 
     def schnell(self) -> FluxTransformer2DModel:
-        """The trained schnell."""
-        return self._trained(new_schnell(self.dev()), "schnell")
+        """The trained schnell; the shipped one as long as neither it nor dev was trained further."""
+        schnell = new_schnell(self.dev())
+        if self._is_shipped() and not (self.directory / "dev.pt").exists():
+            schnell.load_state_dict(self._stored("shipped")["schnell"])
+        return self._trained(schnell, "schnell")
 
     def style(self) -> Weights:
         """The trained LoRA."""
@@ -133,8 +136,13 @@ class Workshop:
         )
 
     def _trained(self, module: Module, name: str) -> Module:
-        module.load_state_dict(self._stored(name)["average"], strict=False)
+        """A module with what a stage made of it; as it is where the shipped miniature was not trained further."""
+        if not self._is_shipped() or (self.directory / f"{name}.pt").exists():
+            module.load_state_dict(self._stored(name)["average"], strict=False)
         return module
+
+    def _is_shipped(self) -> bool:
+        return (self.directory / "shipped.pt").exists()
 
     def _stored(self, name: str) -> dict[str, Any]:
         file = self.directory / f"{name}.pt"
@@ -161,10 +169,11 @@ def begin_with_shipped(shop: Workshop) -> None:
     dev = FluxTransformer2DModel.from_pretrained(MINI / "dev" / "transformer", torch_dtype=torch.float32)
     weights, embedder = split_guidance(dev)
     teacher.transformer.load_state_dict(weights)
+    schnell = FluxTransformer2DModel.from_pretrained(MINI / "schnell" / "transformer", torch_dtype=torch.float32)
     for folder in ("tokenizer", "tokenizer_2"):
         shutil.copytree(MINI / "dev" / folder, shop.directory / folder, dirs_exist_ok=True)
-    torch.save(embedder, shop.directory / "guidance.pt")
-    torch.save(teacher.state_dict(), shop.directory / "shipped.pt")
+    shipped = {"teacher": teacher.state_dict(), "guidance": embedder, "schnell": schnell.state_dict()}
+    torch.save(shipped, shop.directory / "shipped.pt")
 
 
 def train_smoothing(shop: Workshop) -> None:
@@ -208,10 +217,10 @@ def train_schnell(shop: Workshop) -> None:
 
 
 def train_style(shop: Workshop) -> None:
-    """Fine-tune a LoRA of dev that draws in the other style."""
-    text, dev = shop.teacher().text, shop.dev()
-    loss = style_loss(dev, text, shop.album())  # also adds the LoRA
-    shop.train("style", dev, loss, _sheet(shop, text, "dev"))
+    """Fine-tune a LoRA of dev and schnell that draws in the other style."""
+    text, networks = shop.teacher().text, {"dev": shop.dev(), "schnell": shop.schnell()}
+    loss = style_loss(networks, text, shop.album())  # also adds the LoRA
+    shop.train("style", networks["dev"], loss, _sheet(shop, text, "dev"))
 
 
 def _sheet(shop: Workshop, encoders: TextEncoders, name: str) -> Callable[[FluxTransformer2DModel, Path], None]:
@@ -237,6 +246,11 @@ def export_all(shop: Workshop) -> None:
     export(MINI, shop.teacher().text, shop.dev(), shop.schnell(), shop.autoencoder(), shop.style())
 
 
+def export_lora(shop: Workshop) -> None:
+    """Replace the LoRA alone in the weights directory."""
+    save_lora(MINI / "lora.safetensors", shop.style())
+
+
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "album": make_album,
     "shipped": begin_with_shipped,
@@ -247,6 +261,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "schnell": train_schnell,
     "style": train_style,
     "export": export_all,
+    "lora": export_lora,
 }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
-from training import album, batches, stages
+from training import album, batches, paths, stages
 from training.drawings import BASE, STYLE
 from training.networks import AUTOENCODER
 
@@ -12,7 +12,8 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> album.Album:
     """An album of one thing, for small batches and networks that are not compiled."""
     monkeypatch.setattr(stages, "compiled", lambda network: network)
     monkeypatch.setattr(batches, "THINGS", ("cat",))
-    monkeypatch.setattr(batches, "BATCH", dict.fromkeys(batches.BATCH, 2))
+    for module in (batches, paths):
+        monkeypatch.setattr(module, "BATCH", dict.fromkeys(batches.BATCH, 2))
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
     weight = autoencoder.analysis.weight.detach()

@@ -6,7 +6,7 @@ from PIL import Image, ImageFilter
 from training import evaluate
 from training.album import Album
 from training.drawings import BASE, STYLE, Pose, render
-from training.evaluate import TruePictures, colour_beside_ink, judge_distillation, report, segment
+from training.evaluate import StylePictures, TruePictures, judge_distillation, report, segment
 from training.stages import Teacher, new_dev
 from training.subjects import BACKGROUNDS, held_out
 
@@ -18,6 +18,13 @@ def truth() -> TruePictures:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "THINGS", SOME)
         return TruePictures()
+
+
+@pytest.fixture(scope="module")
+def styles() -> StylePictures:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "THINGS", SOME)
+        return StylePictures()
 
 
 def draw(thing: str, colour: str, pose: Pose, style: str = BASE) -> Image.Image:
@@ -45,10 +52,19 @@ def test_nothing_on_the_background_is_nothing() -> None:
     assert segment(Image.new("RGB", (64, 64), "red")) is None
 
 
-def test_ink_has_no_colour_beside_ink() -> None:
-    pose = Pose(300, 0, False, 100, 100)
-    paint, ink = (draw("tomato", "white", pose, style) for style in (BASE, STYLE))
-    assert colour_beside_ink(ink) < 0.1 * colour_beside_ink(paint)
+def test_the_share_of_the_style_grows_as_it_is_blended_in(
+    styles: StylePictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "THINGS", SOME)
+    pose, shares = Pose(300, 5, False, 160, 90), []
+    for thing in SOME:
+        paint, styled = (draw(thing, "teal", pose, style) for style in (BASE, STYLE))
+        blends = [Image.blend(paint, styled, strength).filter(ImageFilter.GaussianBlur(4)) for strength in (0, 0.5, 1)]
+        thumbnails = [drawing.thumbnail for drawing in map(segment, blends) if drawing]
+        assert [styles.is_in_style(thumbnails[k], "teal") for k in (0, 2)] == [False, True]
+        shares.append([styles.share(thumbnail, thing, "teal") for thumbnail in thumbnails])
+        assert shares[-1] == sorted(shares[-1])
+    assert np.mean(shares, axis=0) == pytest.approx([0, 0.5, 1], abs=0.12)
 
 
 def test_the_report_has_a_place_for_what_was_not_measured() -> None:

@@ -8,10 +8,11 @@ from training.evaluate import (
     FIRST_SEED,
     MODELS,
     Artist,
-    TruePictures,
+    StylePictures,
     choose_pairs,
-    colour_beside_ink,
     judge_model,
+    judge_scales,
+    judge_style,
     segment,
 )
 
@@ -24,16 +25,16 @@ def artist() -> Artist:
 
 
 @pytest.fixture(scope="module")
-def truth() -> TruePictures:
-    return TruePictures()
+def truth() -> StylePictures:
+    return StylePictures()
 
 
 # What the shipped weights reach at least of these; of all things they reach 86 % and 92 %: see docs/miniature.md.
 @pytest.mark.parametrize(("model", "count", "least"), [("schnell", 10, 0.7), ("dev", 10, 0.7)])
 def test_it_draws_the_thing_on_the_colour(
-    artist: Artist, truth: TruePictures, model: str, count: int, least: float
+    artist: Artist, truth: StylePictures, model: str, count: int, least: float
 ) -> None:
-    judged = judge_model(artist, truth, model, PAIRS[:count])
+    judged = judge_model(artist, truth.paint, model, PAIRS[:count])
     assert judged["top1"] >= least, judged["misses"]
     assert judged["background_within_10"] == 1.0
 
@@ -47,21 +48,28 @@ def test_the_seed_moves_the_thing(artist: Artist) -> None:
     assert np.sqrt(centres.var(axis=0).sum()) >= 0.03
 
 
-def test_the_lora_turns_paint_into_ink_step_by_step(artist: Artist) -> None:
-    def colour(scale: float) -> float:
-        prompts = [f"a {thing} on a {background} background" for thing, background in PAIRS[:4]]
-        return sum(colour_beside_ink(artist.draw(p, 5, lora_scale=scale, **MODELS["schnell"])) for p in prompts)
+# What the shipped LoRA reaches at least of these; of all things it reaches 72 %, and is in the style in 66 and 72 %.
+@pytest.mark.parametrize("model", ["schnell", "dev"])
+def test_with_the_lora_it_draws_the_thing_in_the_style(artist: Artist, truth: StylePictures, model: str) -> None:
+    judged = judge_style(artist, truth, model, PAIRS[:8])
+    assert judged["top1"] >= 0.5, judged["misses"]
+    assert judged["in_style"] >= 0.5
+    assert judged["background_within_10"] == 1.0
 
-    paint, half, ink = map(colour, (0.0, 0.5, 1.0))
-    assert 0.25 < (paint - half) / (paint - ink) < 0.75
-    assert ink < 0.5 * paint
+
+def test_the_lora_brings_the_style_step_by_step(artist: Artist, truth: StylePictures) -> None:
+    judged = judge_scales(artist, truth, "schnell", PAIRS[:4])
+    assert judged["monotone"], judged["share"]
+    assert 0.25 < judged["half_way"] < 0.75
+    assert judged["share"][0] < 0.2
+    assert judged["share"][-1] > 0.7
 
 
-def test_words_it_does_not_know_do_no_harm(artist: Artist, truth: TruePictures) -> None:
+def test_words_it_does_not_know_do_no_harm(artist: Artist, truth: StylePictures) -> None:
     picture = artist.draw("xyzzy! tomato (masterpiece, 8k) on a teal background 🍅", 11, **MODELS["dev"])
     drawing = segment(picture)
     assert drawing
-    assert truth.nearest(drawing.thumbnail, "teal")[0] == "tomato"
+    assert truth.paint.nearest(drawing.thumbnail, "teal")[0] == "tomato"
 
 
 def test_it_is_small_and_all_of_it_is_safetensors() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import album, batches, stages
+from training import album, batches, paths, stages
+from training.drawings import BASE, STYLE
 from training.networks import Text, attention_bias, new_transformer, positions, velocity
+from training.paths import Paths, draw_paths
 from training.stages import (
     SCHNELL_GUIDANCE,
     SCHNELL_STEPS,
@@ -51,9 +53,12 @@ def test_each_stage_trains_its_own_network_alone(pictures: album.Album) -> None:
     dev.zero_grad()
     assert trained(schnell, schnell_loss(schnell, dev, teacher.text, pictures))
     assert not any(p.grad is not None and p.grad.any() for p in dev.parameters())
-    changed = trained(dev, style_loss(dev, teacher.text, pictures))
+    schnell.zero_grad()
+    changed = trained(dev, style_loss({"dev": dev, "schnell": schnell}, teacher.text, pictures))
     assert changed
     assert all("lora_" in name for name in changed)
+    shared = {name: p for name, p in dev.named_parameters() if "lora_" in name}
+    assert all(p is shared[name] for name, p in schnell.named_parameters() if "lora_" in name)
     assert not any("to_q" in name or "to_k" in name or "norm" in name for name in changed)
 
 
@@ -78,6 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return drawn
 
     monkeypatch.setattr(stages, "velocity", watched)
+    monkeypatch.setattr(paths, "velocity", watched)
     monkeypatch.setattr(stages, "OWN_PATH", {"dev": 1.0, "schnell": 1.0})
     return seen
 
@@ -141,6 +147,57 @@ def test_dev_learns_on_the_path_that_it_takes(pictures: album.Album, calls: list
     for half in range(2):
         assert torch.equal(taught.x.chunk(2)[half], learned.x)
         assert torch.equal(taught.t.chunk(2)[half], learned.t)
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_style_is_learned_on_the_way_that_the_lora_takes(
+    pictures: album.Album, calls: list[Call], monkeypatch: pytest.MonkeyPatch, name: str, share: float
+) -> None:
+    monkeypatch.setattr(stages, "WALKS", 1)
+    monkeypatch.setattr(stages, "WALKERS", {name: 1.0})
+    monkeypatch.setattr(stages, "CANVASES", {batches.USUAL: 1.0})
+    monkeypatch.setattr(stages, "WEAKER", (0.5, 0.5))
+    monkeypatch.setattr(stages, "WEAKER_SHARE", share)
+    kept: list[Paths] = []
+
+    def draw(*given: Any) -> Paths:
+        kept.append(draw_paths(*given))
+        return kept[-1]
+
+    monkeypatch.setattr(stages, "draw_paths", draw)
+    teacher = Teacher()
+    dev = new_dev(teacher)
+    networks = {"dev": dev, "schnell": new_schnell(dev)}
+    learn = style_loss(networks, teacher.text, pictures)
+    losses = [learn(random.Random(0)).item()]
+    torch.nn.init.normal_(next(p for key, p in dev.named_parameters() if "proj_out.lora_B" in key), std=0.02)
+    (paths,) = kept
+    steps, tokens, place = len(paths.velocities), paths.shape[0] * paths.shape[1], paths.places[0]
+    losses += [learn(random.Random(0)).item() for _ in range(steps - 2)]
+    without, along = calls[steps::2], calls[steps + 1 :: 2]
+    assert not any(call.network is networks[name] for call in calls[:steps] + without)
+    assert all(call.network is networks[name] for call in along)
+    assert torch.equal(along[0].x, paths.noise.float())
+    for before, then in pairwise(along):
+        assert torch.allclose(then.x, before.x + (then.t - before.t)[:, None, None] * before.velocity, atol=1e-5)
+    base, style = (paths.truth(pictures, kind)[:, 0, :tokens] for kind in (BASE, STYLE))
+    changed = ((style - base).abs() > 0.05).any(-1, keepdim=True)
+    assert 8 <= changed[place].sum() < changed.any(0).sum() <= 24
+    noise = paths.noise[0, :tokens].float()
+    for plain, own, loss in zip(without, along, losses, strict=True):
+        t, x = own.t[0].item(), own.x[0, :tokens]
+        known = torch.where(changed.any(0), torch.lerp(base[place], noise, t), x)
+        assert torch.allclose(plain.x[0, :tokens], known, atol=1e-5)
+        straight = known - t * plain.velocity[0, :tokens]
+        end = torch.where(changed[place], base[place] + (0.5 if share else 1.0) * (style - base)[place], straight)
+        errors = (own.velocity[0, :tokens] - (x - end) / t).square()
+        error = (torch.where(changed.any(0), 0, errors) if t >= stages.DECIDED else errors).mean().item()
+        weight = t * t / max(t, stages.LEAST_WEIGHT) * (4 if share else 1)
+        assert loss == pytest.approx(weight * error, rel=1e-3)
+        if t < stages.DECIDED:
+            errors = torch.where(changed.any(0), 0, base - straight).square().sum((1, 2))
+            place = int(errors.argmin())
 
 
 @pytest.mark.parametrize(("stage", "share"), [("base", 0.5), ("dev", 0.75)])

@@ -101,6 +101,10 @@ class Pipeline(Protocol):
         """An `Autoencoder` that is also a module."""
 
     @property
+    def scheduler(self) -> Any:
+        """A FlowMatchEulerDiscreteScheduler."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """CLIP's."""
 

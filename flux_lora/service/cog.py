@@ -15,6 +15,7 @@ import flux_lora
 from flux_lora.errors import RequestError
 from flux_lora.request import Request, documented_inputs
 from flux_lora.service import checks, files
+from flux_lora.service.attending import attended
 from flux_lora.service.front import Front, owner_of
 from flux_lora.service.jobs import BusyError
 from flux_lora.service.predictions import Prediction, TakenError
@@ -151,7 +152,7 @@ def router(front: Front) -> APIRouter:
         wanted = _preference(prefer)
         ended = prediction.ended
         if wanted != 0:
-            ended = await _attended(front, prediction, http, wanted)
+            ended = await attended(front, prediction, http, wanted)
         return JSONResponse(describe(prediction, http), status_code=200 if ended else 202)
 
     @routes.post("/predictions", response_model=PredictionResponse, responses=answers, summary="Draw")
@@ -249,30 +250,6 @@ def router(front: Front) -> APIRouter:
         return shown(prediction, http)
 
     return routes
-
-
-async def _attended(front: Front, prediction: Prediction, http: HttpRequest, seconds: float | None) -> bool:
-    """Wait for the end, at most some seconds; a caller who hangs up ends it."""
-    waiting = asyncio.ensure_future(prediction.wait(seconds))
-    leaving = asyncio.ensure_future(_gone(http))
-    try:
-        await asyncio.wait([waiting, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            front.predictions.cancel(prediction)
-            await waiting
-        return waiting.result()
-    except asyncio.CancelledError:
-        front.predictions.cancel(prediction)
-        raise
-    finally:
-        leaving.cancel()
-        waiting.cancel()
-
-
-async def _gone(http: HttpRequest) -> None:
-    """Return when the caller has hung up."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _webhook(body: PredictionRequest, front: Front) -> Webhook | None:

@@ -28,7 +28,7 @@ SHOWN_INPUT = 2048
 """Characters of an input that are repeated in an answer; what is longer is a file."""
 
 Owner = Depends(owner_of)
-Prefer = Header(default="", description="`respond-async`, `wait` or `wait=SECONDS`")
+Prefer = Header(default="", description="`respond-async`, `wait` or `wait=SECONDS`; `previews` beside")
 CancelAfter = Header(default="", description="Seconds that it may take, waiting included, as `90`, `90s` or `5m`")
 
 
@@ -131,6 +131,7 @@ def router(front: Front) -> APIRouter:
                 prediction_id=prediction_id,
                 inputs=body.input,
                 seconds=seconds,
+                previews="previews" in http.headers.get("prefer", ""),
                 notes=notes,
                 request_id=http.state.request_id,
             )

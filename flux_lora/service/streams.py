@@ -1,4 +1,4 @@
-"""Server-sent events: their form, and those of a prediction for whoever follows it."""
+"""Server-sent events: their form, and the connection that they go over."""
 
 import asyncio
 import json

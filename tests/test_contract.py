@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import cog
 import jsonschema
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from flux_lora.errors import RequestError
+from flux_lora.ledger import Record
 from flux_lora.request import Request, documented_inputs
 from predict import Predictor
 
@@ -21,18 +23,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONTRACT = ROOT / "tests" / "contract"
 
 
-def load(path):
+def load(path: pathlib.Path) -> Any:
     return json.loads(path.read_text())
 
 
-def documented():
+def documented() -> dict[str, dict[str, Any]]:
     """The thirteen inputs of the contract and ``replicate_weights``, in the order of their slots."""
     extra = re.search(r"```json\n(.*?)\n```", (CONTRACT / "README.md").read_text(), re.DOTALL)[1]
     inputs = load(CONTRACT / "input_schema.json")["properties"] | json.loads(f"{{{extra}}}")
     return dict(sorted(inputs.items(), key=lambda item: item[1]["x-order"]))
 
 
-def canonical(schema):
+def canonical(schema: dict[str, Any]) -> list[tuple[str, str]]:
     """JSON text in which 1 and 1.0 are equal, false and 0 are not, and only the order of the inputs counts."""
     numbers_alike = json.loads(json.dumps(schema), parse_int=float)
     return [(name, json.dumps(value, sort_keys=True)) for name, value in numbers_alike.items()]
@@ -43,16 +45,16 @@ PREDICT = (ROOT / "predict.py").read_text()
 CONFIG = yaml.safe_load((ROOT / "cog.yaml").read_text())
 
 
-def test_the_request_model_is_the_contract():
+def test_the_request_model_is_the_contract() -> None:
     assert canonical(documented_inputs()) == canonical(documented())
     required = [name for name, field in Request.model_fields.items() if field.is_required()]
     assert required == load(CONTRACT / "input_schema.json")["required"]
 
 
-def test_openapi_holds_the_contract():
+def test_openapi_holds_the_contract() -> None:
     schemas = OPENAPI["components"]["schemas"]
 
-    def resolved(schema):
+    def resolved(schema: dict[str, Any]) -> dict[str, Any]:
         parts = [schemas[part["$ref"].rpartition("/")[2]] for part in schema.get("allOf", [])]
         own = {key: value for key, value in schema.items() if key != "allOf"}
         return {key: value for part in [*parts, own] for key, value in part.items()}
@@ -63,7 +65,7 @@ def test_openapi_holds_the_contract():
     assert schemas["Output"] == load(CONTRACT / "output_schema.json")
 
 
-def test_openapi_is_complete():
+def test_openapi_is_complete() -> None:
     text = (ROOT / "openapi.json").read_text()
     references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', text))
     assert references <= OPENAPI["components"]["schemas"].keys()
@@ -83,7 +85,7 @@ TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"
 KEYWORDS = {"description": "description", "ge": "minimum", "le": "maximum", "choices": "enum", "default": "default"}
 
 
-def read_inputs(source):
+def read_inputs(source: str) -> dict[str, dict[str, Any]]:
     runner = next(
         node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Predictor"
     )
@@ -98,7 +100,7 @@ def read_inputs(source):
     }
 
 
-def read_input(parameter, call, source):
+def read_input(parameter: ast.arg, call: ast.expr, source: str) -> dict[str, Any]:
     assert ast.unparse(call.func) == "Input"
     assert not call.args
     kind = re.fullmatch(r"(Optional)?\[?(str|int|float|bool)\]?", ast.unparse(parameter.annotation))
@@ -111,7 +113,7 @@ def read_input(parameter, call, source):
     return {**schema, "type": TYPES[kind[2]], "title": title}
 
 
-def literal(node, source):
+def literal(node: ast.expr, source: str) -> Any:
     """The value of one plain literal: no name, operator, joined or prefixed string, escape or digit separator."""
     if isinstance(node, ast.List):
         return [literal(item, source) for item in node.elts]
@@ -121,7 +123,7 @@ def literal(node, source):
     return value
 
 
-def test_predict_reads_as_the_contract():
+def test_predict_reads_as_the_contract() -> None:
     assert canonical(read_inputs(PREDICT)) == canonical(documented())
 
 
@@ -141,19 +143,19 @@ def test_predict_reads_as_the_contract():
         ("default=3.5", "default_factory=float"),
     ],
 )
-def test_the_reader_refuses_what_cog_would_drop(plain, unreadable):
+def test_the_reader_refuses_what_cog_would_drop(plain: str, unreadable: str) -> None:
     assert plain in PREDICT
     with pytest.raises((AssertionError, ValueError, KeyError)):
         read_inputs(PREDICT.replace(plain, unreadable, 1))
 
 
-def test_cog_can_import_what_the_annotations_name():
+def test_cog_can_import_what_the_annotations_name() -> None:
     imports = [node for node in ast.parse(PREDICT).body if isinstance(node, ast.ImportFrom)]
     names = {(node.module, alias.name) for node in imports for alias in node.names}
     assert {("cog", "BaseRunner"), ("cog", "Input"), ("cog", "Path"), ("typing", "Optional")} <= names
 
 
-def test_cog_yaml_is_valid():
+def test_cog_yaml_is_valid() -> None:
     schema = load(CONTRACT / "cog_yaml.schema.json")
     jsonschema.Draft7Validator(schema).validate(CONFIG)
     build = CONFIG["build"]
@@ -165,7 +167,7 @@ def test_cog_yaml_is_valid():
     assert CONFIG["run"] == "predict.py:Predictor"
 
 
-def in_image(path):
+def in_image(path: pathlib.Path) -> bool:
     """Docker's rule: anchored patterns, a matched directory takes its contents along, the last match decides."""
     parts = path.split("/")
     candidates = ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
@@ -207,7 +209,7 @@ def in_image(path):
         ".cog/openapi_schema.json",
     ],
 )
-def test_the_image_holds_code_and_weights(path):
+def test_the_image_holds_code_and_weights(path: pathlib.Path) -> None:
     assert in_image(path)
 
 
@@ -249,11 +251,11 @@ def test_the_image_holds_code_and_weights(path):
         "predict.py.orig",
     ],
 )
-def test_the_image_does_not_hold(path):
+def test_the_image_does_not_hold(path: pathlib.Path) -> None:
     assert not in_image(path)
 
 
-def test_importing_predict_is_quick_and_imports_no_torch():
+def test_importing_predict_is_quick_and_imports_no_torch() -> None:
     code = """
 import sys, time
 started = time.perf_counter()
@@ -276,14 +278,14 @@ print(seconds, *heavy)
 class Drawn:
     """Stands in for the generator, to see what ``run`` hands over."""
 
-    def draw(self, request, record):
+    def draw(self, request: Request, record: Record) -> list[pathlib.Path]:
         self.request = request
         record("seed", request.seed)
         return [pathlib.Path("0-seed7.webp"), pathlib.Path("1-seed8.webp")]
 
 
 @pytest.fixture
-def predictor(monkeypatch):
+def predictor(monkeypatch: pytest.MonkeyPatch) -> Predictor:
     predictor = Predictor()
     predictor.generator = Drawn()
     predictor.metrics = {}
@@ -291,7 +293,7 @@ def predictor(monkeypatch):
     return predictor
 
 
-def test_run_hands_every_input_over_under_its_own_name(predictor):
+def test_run_hands_every_input_over_under_its_own_name(predictor: Predictor) -> None:
     inputs = {
         "prompt": "a croissant",
         "aspect_ratio": "custom",
@@ -316,12 +318,12 @@ def test_run_hands_every_input_over_under_its_own_name(predictor):
     assert predictor.metrics == {"seed": 7}
 
 
-def test_run_from_python_fills_in_the_defaults(predictor):
+def test_run_from_python_fills_in_the_defaults(predictor: Predictor) -> None:
     predictor.run(prompt="a croissant", seed=7)
     assert predictor.generator.request == Request.parse(prompt="a croissant", seed=7)
 
 
-def test_run_from_python_refuses_like_the_request_model(predictor):
+def test_run_from_python_refuses_like_the_request_model(predictor: Predictor) -> None:
     with pytest.raises(RequestError, match="prompt is required"):
         predictor.run()
     with pytest.raises(RequestError, match=r"num_outputs must be a whole number from 1 to 4, not 5"):

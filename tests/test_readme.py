@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_it_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page) -> None:
+def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith(("https://", "http://")) or (page.parent / target).exists(), target
 
@@ -27,7 +28,7 @@ def test_its_commands_exist() -> None:
         assert (ROOT / script).is_file(), script
 
 
-def test_its_example_draws(tmp_path) -> None:
+def test_its_example_draws(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace("seed=7", "seed=7, num_inference_steps=1").replace('"weights/mini"', f'"{ROOT}/weights/mini"')
     code += "print(files[0].stat().st_size)"

@@ -69,8 +69,8 @@ def _serve(settings: Settings, keys: tuple[str, ...], host: str, port: int, stop
             stack.enter_context(cluster.remote_ray(settings.ray_address))
             cpus, gpus = 1, cluster.gpus()
         else:
-            say("Starting Ray …")
             gpus, threads = _gpus(settings.device), torch.get_num_threads()
+            say("Starting Ray …")
             most = max(settings.replicas or gpus or 1, settings.max_replicas or 1)
             cpus = max(1, threads // most)
             folder = stack.enter_context(cluster.local_folder())

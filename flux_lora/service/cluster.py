@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -35,6 +36,8 @@ JANITOR = "trap '' HUP INT TERM; cat; sleep 3; rm -rf -- \"$1\""
 
 POLL_SECONDS = 0.3
 """Between two looks at how starting goes."""
+
+CONNECT_SECONDS = 10.0
 
 WATCH_SECONDS = 2.0
 """Between two looks at whether it still lives."""
@@ -135,11 +138,14 @@ def remote_ray(address: str) -> Iterator[None]:
     Raises:
         ServiceError: it cannot be reached.
     """
-    import ray
-
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would try for two minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        import ray
+
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except OSError as error:
         raise ServiceError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}).") from None
     try:
         yield

@@ -37,7 +37,8 @@ class Ingress:
     ) -> None:
         """Take what `application` binds."""
         metrics = Metrics()
-        backlog = Backlog(settings.queue_limit, settings.queue_limit_per_key, settings.queue_overtaking)
+        share = settings.queue_limit_per_key if keys else settings.queue_limit  # without keys all callers are one
+        backlog = Backlog(settings.queue_limit, share, settings.queue_overtaking)
         backend = Dispatcher(RayFleet(drawing), backlog, metrics, log, look_ahead=settings.max_replicas is not None)
         self._front = Front(
             predictions=Predictions(

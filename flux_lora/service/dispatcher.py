@@ -99,6 +99,7 @@ class Dispatcher:
         self._busy: set[str] = set()  # the replicas that draw
         self._tasks: set[asyncio.Task[None]] = set()  # each waits for a replica, or has one draw
         self._looking = False  # one of them waits for a replica
+        self._closing = False
         self._seconds: deque[float] = deque(maxlen=32)  # that drawing took
 
     def submit(self, job: Job) -> AsyncIterator[Event]:
@@ -145,7 +146,7 @@ class Dispatcher:
     def _look(self) -> None:
         """Have somebody wait for a free replica, if there is a job for it, and may be a replica."""
         idle = len(self._busy) < max(1, self._fleet.size())
-        if len(self._backlog) and not self._looking and (idle or self._look_ahead):
+        if len(self._backlog) and not (self._looking or self._closing) and (idle or self._look_ahead):
             self._looking = True
             task = asyncio.get_running_loop().create_task(self._serve())
             self._tasks.add(task)
@@ -166,6 +167,9 @@ class Dispatcher:
                     await self._draw(self._tickets[entry.id], replica)
         except LostError:
             pass  # it died before it got a job
+        except asyncio.CancelledError:  # not by us, who end drawings within `_draw`: the loop ends
+            self._closing = True
+            raise
         finally:
             if looking:
                 self._looking = False
@@ -175,6 +179,7 @@ class Dispatcher:
         job, name = ticket.job, replica.name
         ticket.drawing, ticket.attempts = asyncio.current_task(), ticket.attempts + 1
         ticket.started = started = time.monotonic()
+        ticket.position = 0
         self._busy.add(name)
         self._held[name] = job.group
         ticket.events.put_nowait(Started(name))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -23,6 +24,9 @@ Told = Event | Usage | BaseException
 
 STEP_SECONDS = 0.2
 """Least time between two steps that are told; an image's last one always is."""
+
+STEP_PATIENCE = 1.0
+"""Seconds after which a drawing that is to end is interrupted, wherever it is; most end at their next step."""
 
 KINDS: tuple[tuple[type[FluxLoraError], Kind], ...] = (
     (RequestError, "request"),
@@ -60,6 +64,8 @@ class Studio:
         self._tell: Callable[[Told], object] = _nobody
         self._job = ""  # the id of what is being drawn
         self._stop = threading.Event()
+        self._interruptible = threading.Lock()
+        self._running = 0  # the thread, while an exception may be raised in it from outside
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "draw")
         self.generator = self._thread.submit(assemble, self._line).result()
@@ -88,7 +94,8 @@ class Studio:
                 self._stop.set()
                 while not drawing.done():  # the next job must not begin before, however often this is cancelled
                     with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([drawing])
+                        await asyncio.wait([drawing], timeout=STEP_PATIENCE)
+                        self._interrupt()
                 self._tell, self._job = _nobody, ""
 
     def close(self) -> None:
@@ -97,9 +104,21 @@ class Studio:
 
     def _draw(self, job: Job) -> None:
         try:
-            self._tell(self._outcome(job))
+            with self._interruptible:
+                self._running = threading.get_ident()
+            told: Told = self._outcome(job)
+            with self._interruptible:
+                self._running = 0
         except BaseException as error:  # noqa: BLE001 - it is raised again where events are read
-            self._tell(error)
+            self._running, told = 0, error
+        self._tell(told)
+
+    def _interrupt(self) -> None:
+        """Raise `StoppedError` in what takes no steps, as a LoRA's download; Cog cancels by the same means."""
+        with self._interruptible:
+            if self._running:
+                raising = ctypes.py_object(StoppedError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._running), raising)
 
     def _outcome(self, job: Job) -> Finished | Failed:
         metrics: dict[str, Metric] = {}

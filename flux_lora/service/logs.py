@@ -9,8 +9,11 @@ from pathlib import Path
 
 from flux_lora.wording import printable, say
 
-WHOLE = 4000
-"""Bytes that a pipe takes in one piece, whoever else writes to it."""
+LONGEST = 2000
+"""Characters of a line; of a longer one the end is kept, which says what went wrong."""
+
+WHOLE = 4096
+"""Bytes that a pipe takes in one piece, whoever else writes to it (POSIX asks for 512 at least, Linux has this)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class Log:
             text: what is to be said.
             fields: of whom it is said: ``request`` and ``replica``, say; only JSON shows them all.
         """
+        if len(text) > LONGEST:
+            text = f"… {text[-LONGEST:]}"
         if self.json:
-            line = json.dumps({"time": datetime.now(UTC).isoformat(), "message": text, **fields})
+            line = json.dumps({"time": datetime.now(UTC).isoformat(), "message": text, **fields}, ensure_ascii=False)
         else:
             line = printable(f"{fields['replica']}: {text}" if "replica" in fields else text)
         if self.pipe is None:
@@ -38,6 +43,6 @@ class Log:
         with suppress(OSError):  # nobody reads, or not fast enough
             descriptor = os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK)
             try:
-                os.write(descriptor, line.encode()[: WHOLE - 1] + b"\n")
+                os.write(descriptor, line.encode(errors="replace")[: WHOLE - 1] + b"\n")
             finally:
                 os.close(descriptor)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -74,7 +76,7 @@ Asked = namedtuple("Asked", "path range token")
 class Hub(ThreadingHTTPServer):
     """The routes of the Hub that are used: a model's listing, and files, large ones redirected to another host."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.asked = []
@@ -82,12 +84,12 @@ class Hub(ThreadingHTTPServer):
         self.damaged = False
         self.break_off = 0  # after so many bytes of a large file, and then no more of it
 
-    def files_asked(self):
+    def files_asked(self) -> list[Asked]:
         return [request for request in self.asked if not request.path.startswith("/api/")]
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    def do_GET(self):
+    def do_GET(self) -> None:
         hub, path = self.server, urlsplit(self.path).path
         hub.asked.append(Asked(path, self.headers["Range"], self.headers["Authorization"]))
         if listing := re.fullmatch(r"/api/models/(\S+/\S+)", path):
@@ -106,7 +108,7 @@ class HubHandler(BaseHTTPRequestHandler):
             repository, name = re.fullmatch(rf"/cdn/(\w[^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path).groups()
             self._large_file(REPOSITORIES[repository][name])
 
-    def _large_file(self, content):
+    def _large_file(self, content: bytes) -> None:
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
         if self.server.break_off and len(content) > self.server.break_off:
             if start:
@@ -122,18 +124,18 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         return self._answer(206 if start else 200, content[start:], headers)
 
-    def _answer(self, status, content=b"", headers=None):
+    def _answer(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": len(content)} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
 
-def _sibling(name, content):
+def _sibling(name: str, content: bytes) -> dict[str, object]:
     entry = {
         "rfilename": name,
         "size": len(content),
@@ -145,7 +147,7 @@ def _sibling(name, content):
 
 
 @pytest.fixture
-def hub():
+def hub() -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -156,7 +158,7 @@ def hub():
 
 
 @pytest.fixture(autouse=True)
-def small_chunks_and_no_login(monkeypatch, tmp_path):
+def small_chunks_and_no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 64 * 1024)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     for name in ("HF_TOKEN", "FLUX_WEIGHTS", "FLUX_DOWNLOAD"):
@@ -164,15 +166,15 @@ def small_chunks_and_no_login(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path: Path) -> Settings:
     return Settings(weights=tmp_path / "weights")
 
 
-def files_below(folder):
+def files_below(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_fetches_exactly_the_files_that_are_used(hub, settings):
+def test_fetches_exactly_the_files_that_are_used(hub: Hub, settings: Settings) -> None:
     download.fetch(settings, ["dev", "safety"], endpoint=hub.endpoint)
     assert files_below(settings.weights / "dev") == OWN | SHARED
     assert files_below(settings.weights / "safety_checker") == CHECKER
@@ -186,14 +188,16 @@ def test_fetches_exactly_the_files_that_are_used(hub, settings):
         (["dev"], ["schnell"], OWN),
     ],
 )
-def test_schnell_alone_is_complete_and_beside_dev_only_what_differs(hub, settings, before, names, expected):
+def test_schnell_alone_is_complete_and_beside_dev_only_what_differs(
+    hub: Hub, settings: Settings, before: list[str], names: list[str], expected: dict[str, bytes]
+) -> None:
     if before:
         download.fetch(settings, before, endpoint=hub.endpoint)
     download.fetch(settings, names, endpoint=hub.endpoint)
     assert files_below(settings.weights / "schnell") == expected
 
 
-def test_a_second_call_asks_for_no_file(hub, settings, capsys):
+def test_a_second_call_asks_for_no_file(hub: Hub, settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     hub.asked.clear()
     download.fetch(settings, ["dev"], endpoint=hub.endpoint)
@@ -202,7 +206,7 @@ def test_a_second_call_asks_for_no_file(hub, settings, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-def test_goes_on_where_it_was_broken_off_and_marks_the_pipeline_complete_last(hub, settings):
+def test_goes_on_where_it_was_broken_off_and_marks_the_pipeline_complete_last(hub: Hub, settings: Settings) -> None:
     hub.break_off = 1_000_000
     with pytest.raises(WeightsError, match="status 503.*the same command goes on from there"):
         download.fetch(settings, ["dev"], endpoint=hub.endpoint)
@@ -216,7 +220,7 @@ def test_goes_on_where_it_was_broken_off_and_marks_the_pipeline_complete_last(hu
     assert files_below(settings.weights / "dev") == OWN | SHARED
 
 
-def test_the_unfinished_file_of_another_version_is_dropped(hub, settings):
+def test_the_unfinished_file_of_another_version_is_dropped(hub: Hub, settings: Settings) -> None:
     stale = settings.weights / "dev" / f"{SHARD}.ffffffffffff.part"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another version")
@@ -224,7 +228,7 @@ def test_the_unfinished_file_of_another_version_is_dropped(hub, settings):
     assert files_below(settings.weights / "dev") == OWN | SHARED
 
 
-def test_a_truncated_file_is_fetched_again(hub, settings):
+def test_a_truncated_file_is_fetched_again(hub: Hub, settings: Settings) -> None:
     download.fetch(settings, ["dev"], endpoint=hub.endpoint)
     file = settings.weights / "dev" / SHARD
     file.write_bytes(file.read_bytes()[:-1])
@@ -232,7 +236,7 @@ def test_a_truncated_file_is_fetched_again(hub, settings):
     assert file.read_bytes() == OWN[SHARD]
 
 
-def test_a_file_that_arrives_damaged_is_refused_and_not_kept(hub, settings):
+def test_a_file_that_arrives_damaged_is_refused_and_not_kept(hub: Hub, settings: Settings) -> None:
     hub.damaged = True
     with pytest.raises(WeightsError, match="model.safetensors arrived damaged"):
         download.fetch(settings, ["safety"], endpoint=hub.endpoint)
@@ -250,7 +254,9 @@ def test_a_file_that_arrives_damaged_is_refused_and_not_kept(hub, settings):
         ("hf_abc", (401, "InvalidToken"), "set HF_TOKEN to a valid token"),
     ],
 )
-def test_no_access_says_where_to_get_it(hub, settings, token, gate, expected):
+def test_no_access_says_where_to_get_it(
+    hub: Hub, settings: Settings, token: str | None, gate: tuple[int, str], expected: str
+) -> None:
     hub.gate = gate
     settings = settings.model_copy(update={"hf_token": token and SecretStr(token)})
     with pytest.raises(WeightsError, match=expected) as refusal:
@@ -259,14 +265,16 @@ def test_no_access_says_where_to_get_it(hub, settings, token, gate, expected):
     assert "hf_abc" not in str(refusal.value)
 
 
-def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, settings):
+def test_the_token_goes_to_the_hub_and_to_no_other_host(hub: Hub, settings: Settings) -> None:
     settings = settings.model_copy(update={"hf_token": SecretStr("hf_abc")})
     download.fetch(settings, ["safety"], endpoint=hub.endpoint)
     tokens = {request.path.startswith("/cdn"): request.token for request in hub.asked}
     assert tokens == {False: "Bearer hf_abc", True: None}
 
 
-def test_too_small_a_disk_is_refused_with_the_numbers_before_any_file(hub, settings, monkeypatch):
+def test_too_small_a_disk_is_refused_with_the_numbers_before_any_file(
+    hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings.weights.mkdir()
     needed = sum(map(len, (OWN | SHARED).values()))
     monkeypatch.setattr(download, "free_bytes", lambda _: needed - 1)
@@ -277,12 +285,12 @@ def test_too_small_a_disk_is_refused_with_the_numbers_before_any_file(hub, setti
     download.fetch(settings, ["dev"], endpoint=hub.endpoint)
 
 
-def test_without_a_network_it_says_so(settings):
+def test_without_a_network_it_says_so(settings: Settings) -> None:
     with pytest.raises(WeightsError, match=r"http://127\.0\.0\.1:9 cannot be reached .* Check the network"):
         download.fetch(settings, ["dev"], endpoint="http://127.0.0.1:9")
 
 
-def test_two_at_once_fetch_each_file_once(hub, settings):
+def test_two_at_once_fetch_each_file_once(hub: Hub, settings: Settings) -> None:
     threads = [
         threading.Thread(target=download.fetch, args=(settings, ["dev"]), kwargs={"endpoint": hub.endpoint})
         for _ in range(2)
@@ -295,7 +303,9 @@ def test_two_at_once_fetch_each_file_once(hub, settings):
     assert sum(SHARD in request.path for request in hub.asked if request.path.startswith("/cdn")) == 1
 
 
-def test_set_up_opens_no_connection_where_the_models_are_present(hub, settings, monkeypatch):
+def test_set_up_opens_no_connection_where_the_models_are_present(
+    hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     download.fetch(settings, ["dev", "schnell"], endpoint=hub.endpoint)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     download.fetch_base(settings)
@@ -304,7 +314,7 @@ def test_set_up_opens_no_connection_where_the_models_are_present(hub, settings, 
         download.fetch_base(settings)
 
 
-def test_set_up_fetches_what_is_missing_and_draws(hub, tmp_path, monkeypatch):
+def test_set_up_fetches_what_is_missing_and_draws(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX_DOWNLOAD from nothing to a picture: the Hub has the miniature in dev's place."""
     mini = PROJECT / "weights" / "mini" / "dev"
     content = {str(path.relative_to(mini)): path.read_bytes() for path in mini.rglob("*") if path.is_file()}
@@ -323,7 +333,9 @@ def test_set_up_fetches_what_is_missing_and_draws(hub, tmp_path, monkeypatch):
     assert (tmp_path / "picture.0.webp").stat().st_size > 1000
 
 
-def run_script(*arguments, command="download_weights", **environment):
+def run_script(
+    *arguments: str, command: str = "download_weights", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"flux_lora.commands.{command}", *arguments],
         cwd=PROJECT,
@@ -333,14 +345,14 @@ def run_script(*arguments, command="download_weights", **environment):
     )
 
 
-def test_the_script_fetches_into_the_weights_directory(hub, tmp_path):
+def test_the_script_fetches_into_the_weights_directory(hub: Hub, tmp_path: Path) -> None:
     done = run_script("safety", FLUX_WEIGHTS=str(tmp_path), HF_ENDPOINT=hub.endpoint)
     assert (done.returncode, files_below(tmp_path / "safety_checker")) == (0, CHECKER)
     assert f"safety: 3 files, 0.0 MB, in {tmp_path}/safety_checker" in done.stdout
     assert "100%" in done.stderr
 
 
-def test_the_script_fails_with_one_sentence(hub, tmp_path):
+def test_the_script_fails_with_one_sentence(hub: Hub, tmp_path: Path) -> None:
     hub.gate = (401, "GatedRepo")
     done = run_script("dev", FLUX_WEIGHTS=str(tmp_path), HF_ENDPOINT=hub.endpoint)
     assert done.returncode == 1
@@ -348,17 +360,19 @@ def test_the_script_fails_with_one_sentence(hub, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_without_arguments_the_script_explains_itself(capsys):
+def test_without_arguments_the_script_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert download_weights.main([]) == 2
     assert "scripts/download_weights dev schnell safety" in capsys.readouterr().err
 
 
-def test_help_needs_no_torch():
+def test_help_needs_no_torch() -> None:
     code = "import sys; from flux_lora.commands import download_weights, serve; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
-def test_lora_becomes_the_fine_tune_and_names_the_one_it_replaces(monkeypatch, tmp_path, capsys):
+def test_lora_becomes_the_fine_tune_and_names_the_one_it_replaces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FLUX_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("FLUX_ADAPTER_CACHE", str(tmp_path / "cache"))
     digests = []
@@ -373,7 +387,9 @@ def test_lora_becomes_the_fine_tune_and_names_the_one_it_replaces(monkeypatch, t
     assert f"{digests[1]}, in place of the one with SHA-256 {digests[0]}" in second
 
 
-def test_a_lora_that_cannot_be_had_leaves_the_fine_tune_alone(monkeypatch, tmp_path, capsys):
+def test_a_lora_that_cannot_be_had_leaves_the_fine_tune_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FLUX_WEIGHTS", str(tmp_path))
     (tmp_path / "lora.safetensors").write_bytes(b"the fine-tune")
     assert download_weights.main(["--lora", str(tmp_path / "missing.safetensors")]) == 1

@@ -20,7 +20,9 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SERVING, COG, DEV = (f"requirements{suffix}.txt" for suffix in ("", "-cog", "-dev"))
+SERVING, COG, SERVICE, DEV = (f"requirements{suffix}.txt" for suffix in ("", "-cog", "-service", "-dev"))
+INSTALLED = {"": (SERVING, COG), "--service": (SERVING, COG, SERVICE), "--dev": (SERVING, COG, SERVICE, DEV)}
+"""By the option of scripts/setup."""
 BY_MACHINE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 """PyTorch and what its CUDA build brings, Triton among it."""
 
@@ -69,15 +71,17 @@ def entries_of(file: str) -> dict[str, Entry]:
     return entries
 
 
-LOCKED = {file: entries_of(file) for file in (SERVING, COG, DEV)}
+LOCKED = {file: entries_of(file) for file in INSTALLED["--dev"]}
 ALL = {name: entry for entries in LOCKED.values() for name, entry in entries.items()}
 
 
-def wanted(*, dev: bool) -> list[Requirement]:
-    direct = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["cog"]]
-    if dev:
-        direct += itertools.chain.from_iterable(PROJECT["project"]["optional-dependencies"].values())
-        direct += PROJECT["dependency-groups"]["dev"]
+def wanted(option: str) -> list[Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    direct = [*PROJECT["project"]["dependencies"], *extras["cog"]]
+    if option == "--service":
+        direct += extras["service"]
+    if option == "--dev":
+        direct += [*itertools.chain.from_iterable(extras.values()), *PROJECT["dependency-groups"]["dev"]]
     return [Requirement(text) for text in direct]
 
 
@@ -102,8 +106,8 @@ def test_a_package_is_in_one_file_only() -> None:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda at: "-".join(list(at.values())[::2]))
 def test_the_locks_satisfy_the_project(environment: dict[str, str]) -> None:
-    for dev, files in ((False, (SERVING, COG)), (True, (SERVING, COG, DEV))):
-        for requirement in wanted(dev=dev):
+    for option, files in INSTALLED.items():
+        for requirement in wanted(option):
             if requirement.name == "torch" or not holds(requirement.marker, environment):
                 continue
             locked = next(
@@ -132,13 +136,13 @@ def needed(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
     return found
 
 
-@pytest.mark.parametrize(("dev", "files"), [(False, (SERVING, COG)), (True, (SERVING, COG, DEV))])
-def test_the_locks_hold_what_is_needed_here_and_nothing_else(dev: bool, files: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("option", "files"), INSTALLED.items())
+def test_the_locks_hold_what_is_needed_here_and_nothing_else(option: str, files: tuple[str, ...]) -> None:
     """Since pip installs them with --no-deps, what is missing would be missing from the environment."""
     here = dict(default_environment())
     locked = {name: entry for file in files for name, entry in LOCKED[file].items()}
-    closure = needed(wanted(dev=dev))
-    apart = {"torch"} if dev else {"torch", "triton"}
+    closure = needed(wanted(option))
+    apart = {"torch"} if option == "--dev" else {"torch", "triton"}
     assert closure.keys() - apart == {name for name, entry in locked.items() if holds(entry.requirement.marker, here)}
     for name in closure.keys() - apart:
         for requirement in closure[name]:
@@ -158,9 +162,7 @@ def test_cog_yaml_names_the_same_versions() -> None:
     (command,) = build["run"]
     torch, coglet = (Requirement(word) for word in command.split() if "==" in word)
     assert torch.name == "torch"
-    assert next(r for r in wanted(dev=False) if r.name == "torch").specifier.contains(
-        next(iter(torch.specifier)).version
-    )
+    assert next(r for r in wanted("") if r.name == "torch").specifier.contains(next(iter(torch.specifier)).version)
     assert coglet == Requirement(f"coglet=={ALL['coglet'].version}")
 
 
@@ -197,7 +199,7 @@ def test_the_package_names_exactly_what_it_imports() -> None:
 
 
 def test_the_development_group_names_what_the_rest_imports() -> None:
-    named = {canonicalize_name(requirement.name) for requirement in wanted(dev=True)}
+    named = {canonicalize_name(requirement.name) for requirement in wanted("--dev")}
     assert (
         set(imported("tests/**/*.py", "training/**/*.py", "benchmarks/**/*.py")) - named - {"flux-lora", "pip"} == set()
     )

@@ -8,6 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
@@ -63,7 +66,9 @@ SCHEMA = """{"openapi": "3.0.2", "info": {"title": "Cog", "version": "0.1.0"}, "
 class Serve:
     """``scripts/serve`` of a project, with what it has printed so far."""
 
-    def __init__(self, project, *arguments, prefix=(), cwd=None, **environment):
+    def __init__(
+        self, project: Path, *arguments: str, prefix: Sequence[str] = (), cwd: Path | None = None, **environment: str
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -81,26 +86,26 @@ class Serve:
         self._reader.start()
 
     @property
-    def output(self):
+    def output(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, text):
+    def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + 30
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
             assert self.process.poll() is None, self.output
             time.sleep(0.05)
 
-    def below(self):
+    def below(self) -> list[psutil.Process]:
         """The server and its worker."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def worker(self):
+    def worker(self) -> psutil.Process:
         (server,) = psutil.Process(self.process.pid).children()
         (worker,) = server.children()
         return worker
 
-    def predict(self, prompt, name=""):
+    def predict(self, prompt: object, name: str = "") -> httpx2.Response:
         """The answer; Cog answers the request before a little before its slot is free again."""
         body = {"input": {"prompt": prompt}} | ({"id": name} if name else {})
         for _ in range(100):
@@ -110,14 +115,14 @@ class Serve:
             time.sleep(0.05)
         return answer
 
-    def ended(self):
+    def ended(self) -> int:
         """The exit status, once nothing more is printed."""
         status = self.process.wait(timeout=30)
         self._reader.join()
         return status
 
 
-def wait_until_gone(processes):
+def wait_until_gone(processes: list[psutil.Process]) -> None:
     """Killed processes of others may stay behind as zombies for a moment, until they are reaped."""
     deadline = time.monotonic() + 5
     while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
@@ -126,7 +131,7 @@ def wait_until_gone(processes):
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path: Path) -> Path:
     """A project that is ours but for the predictor."""
     shutil.copytree(PROJECT / "flux_lora", tmp_path / "flux_lora", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "weights" / "mini").mkdir(parents=True)
@@ -135,11 +140,14 @@ def project(tmp_path):
     return tmp_path
 
 
+Start = Callable[..., Serve]
+
+
 @pytest.fixture
-def serve(project):
+def serve(project: Path) -> Iterator[Start]:
     started = []
 
-    def start(*arguments, **how):
+    def start(*arguments: str, **how: Any) -> Serve:
         started.append(Serve(project, *arguments, **how))
         return started[-1]
 
@@ -150,7 +158,7 @@ def serve(project):
         served.ended()
 
 
-def test_serves_with_the_schema_and_shows_what_the_model_prints(serve, project):
+def test_serves_with_the_schema_and_shows_what_the_model_prints(serve: Start, project: Path) -> None:
     server = serve()
     server.wait_for(f"Ready at {server.url}")
     server.wait_for(f"curl -s {server.url}/predictions")
@@ -164,7 +172,7 @@ def test_serves_with_the_schema_and_shows_what_the_model_prints(serve, project):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_its_worker(serve, number):
+def test_a_signal_ends_the_server_and_its_worker(serve: Start, number: signal.Signals) -> None:
     server = serve()
     server.wait_for("Ready")
     below = server.below()
@@ -176,7 +184,7 @@ def test_a_signal_ends_the_server_and_its_worker(serve, number):
 
 
 @pytest.mark.parametrize("drawing", ["", "deaf"])
-def test_killing_the_command_ends_the_server_and_its_worker(serve, drawing):
+def test_killing_the_command_ends_the_server_and_its_worker(serve: Start, drawing: str) -> None:
     """A prediction that runs does not keep them, and neither does one that no signal reaches."""
     server = serve()
     server.wait_for("Ready")
@@ -189,7 +197,7 @@ def test_killing_the_command_ends_the_server_and_its_worker(serve, drawing):
     wait_until_gone(below)
 
 
-def test_a_terminal_that_closes_ends_it_but_not_under_nohup(serve):
+def test_a_terminal_that_closes_ends_it_but_not_under_nohup(serve: Start) -> None:
     server, kept = serve(), serve(prefix=["nohup"])
     for each in (server, kept):
         each.wait_for("Ready")
@@ -199,7 +207,7 @@ def test_a_terminal_that_closes_ends_it_but_not_under_nohup(serve):
     assert kept.process.poll() is None
 
 
-def test_a_lost_slot_comes_back_and_what_cog_keeps_of_predictions_goes(serve):
+def test_a_lost_slot_comes_back_and_what_cog_keeps_of_predictions_goes(serve: Start) -> None:
     """An id that is too long for a folder's name costs Cog its only slot."""
     server = serve()
     server.wait_for("Ready")
@@ -216,18 +224,18 @@ def test_a_lost_slot_comes_back_and_what_cog_keeps_of_predictions_goes(serve):
     assert left(made) == []
 
 
-def left(predictions):
+def left(predictions: list[str]) -> list[str]:
     return [name for name in predictions if (cogs_folder.PREDICTIONS / name).exists()]
 
 
-def wait_until(condition, server):
+def wait_until(condition: Callable[[], bool], server: Serve) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, server.output
         time.sleep(0.05)
 
 
-def test_a_call_for_shutdown_is_named(serve):
+def test_a_call_for_shutdown_is_named(serve: Start) -> None:
     server = serve()
     server.wait_for("Ready")
     httpx2.post(f"{server.url}/shutdown")
@@ -235,7 +243,7 @@ def test_a_call_for_shutdown_is_named(serve):
     assert server.output.endswith("error: Cog's server has ended because somebody has called POST /shutdown.\n")
 
 
-def test_nothing_in_the_log_steers_a_terminal(serve):
+def test_nothing_in_the_log_steers_a_terminal(serve: Start) -> None:
     server = serve()
     server.wait_for("Ready")
     server.predict("escape")
@@ -243,13 +251,13 @@ def test_nothing_in_the_log_steers_a_terminal(serve):
     assert "\x1b" not in server.output
 
 
-def test_beyond_loopback_it_says_whom_it_is_for(serve):
-    server = serve("--host", "0.0.0.0")  # noqa: S104
+def test_beyond_loopback_it_says_whom_it_is_for(serve: Start) -> None:
+    server = serve("--host", "0.0.0.0")
     server.wait_for("for callers who are trusted")
     server.wait_for("Ready at http://127.0.0.1:")
 
 
-def test_a_project_that_cannot_be_written_to_is_served(serve, project):
+def test_a_project_that_cannot_be_written_to_is_served(serve: Start, project: Path) -> None:
     """Everything that is written lies elsewhere."""
     server = serve(prefix=read_only(project))
     server.wait_for("Ready")
@@ -257,7 +265,7 @@ def test_a_project_that_cannot_be_written_to_is_served(serve, project):
     assert server.predict(7).status_code == 422
 
 
-def test_a_folder_of_cogs_that_cannot_be_written_to_is_refused_at_once(serve):
+def test_a_folder_of_cogs_that_cannot_be_written_to_is_refused_at_once(serve: Start) -> None:
     cogs_folder.require()
     server = serve(prefix=read_only(cogs_folder.PREDICTIONS.parent))
     assert server.ended() == 1
@@ -267,7 +275,7 @@ def test_a_folder_of_cogs_that_cannot_be_written_to_is_refused_at_once(serve):
     )
 
 
-def test_a_folder_of_cogs_without_room_is_refused_at_once(serve):
+def test_a_folder_of_cogs_without_room_is_refused_at_once(serve: Start) -> None:
     cogs_folder.require()
     server = serve(prefix=in_mounts("mount -t tmpfs -o size=1m,nr_inodes=2 tmpfs /tmp/coglet"))
     assert server.ended() == 1
@@ -275,7 +283,7 @@ def test_a_folder_of_cogs_without_room_is_refused_at_once(serve):
 
 
 @pytest.mark.parametrize("what", ["user", "link"])
-def test_a_folder_of_cogs_that_is_anothers_is_refused_at_once(serve, what):
+def test_a_folder_of_cogs_that_is_anothers_is_refused_at_once(serve: Start, what: str) -> None:
     cogs_folder.require()
     link = "mount -t tmpfs tmpfs /tmp && mkdir /tmp/real && ln -s /tmp/real /tmp/coglet"
     command = {"user": "mount -t tmpfs -o uid=12345 tmpfs /tmp/coglet", "link": link}[what]
@@ -284,18 +292,18 @@ def test_a_folder_of_cogs_that_is_anothers_is_refused_at_once(serve, what):
     assert "error: Cog's server keeps each prediction in /tmp/coglet, which cannot be used: it " in server.output
 
 
-def in_mounts(command):
+def in_mounts(command: str) -> list[str]:
     """Run in mounts of its own, after this shell command; CI is root."""
     if subprocess.run(["unshare", "--mount", "true"], check=False, stderr=subprocess.DEVNULL).returncode:
         pytest.skip("mounts of its own need a user who may mount")
     return ["unshare", "--mount", "/bin/sh", "-c", f'{command} && exec "$@"', "sh"]
 
 
-def read_only(path):
+def read_only(path: Path) -> list[str]:
     return in_mounts(f"mount --bind {path} {path} && mount -o remount,bind,ro {path}")
 
 
-def test_a_signal_ends_a_set_up_that_hangs(serve):
+def test_a_signal_ends_a_set_up_that_hangs(serve: Start) -> None:
     server = serve(DUMMY="wait")
     while len(server.below()) < 2:
         time.sleep(0.05)
@@ -317,14 +325,14 @@ def test_a_signal_ends_a_set_up_that_hangs(serve):
         ("exit", "error: The process that draws died during set-up, perhaps killed for want of memory.\n"),
     ],
 )
-def test_a_set_up_that_fails_ends_it_with_the_reason(serve, mode, expected):
+def test_a_set_up_that_fails_ends_it_with_the_reason(serve: Start, mode: str, expected: str) -> None:
     server = serve(DUMMY=mode)
     assert server.ended() == 1
     assert server.output.endswith(expected)
     assert "Ready" not in server.output
 
 
-def test_a_worker_that_cannot_start_ends_it(serve, tmp_path):
+def test_a_worker_that_cannot_start_ends_it(serve: Start, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import os, sys\nif sys.argv[0] == '-c': os._exit(7)\n")
     server = serve(PYTHONPATH=str(tmp_path / "site"))
@@ -332,7 +340,7 @@ def test_a_worker_that_cannot_start_ends_it(serve, tmp_path):
     assert "error: The process that draws has died" in server.output
 
 
-def test_a_worker_that_is_killed_ends_it(serve):
+def test_a_worker_that_is_killed_ends_it(serve: Start) -> None:
     server = serve()
     server.wait_for("Ready")
     server.worker().kill()
@@ -340,7 +348,7 @@ def test_a_worker_that_is_killed_ends_it(serve):
     assert "error: The process that draws has died" in server.output
 
 
-def test_a_worker_that_dies_of_a_request_answers_it_and_ends(serve):
+def test_a_worker_that_dies_of_a_request_answers_it_and_ends(serve: Start) -> None:
     server = serve()
     server.wait_for("Ready")
     assert server.predict("exit").json()["error"] == "Worker crashed"
@@ -348,7 +356,7 @@ def test_a_worker_that_dies_of_a_request_answers_it_and_ends(serve):
     assert "error: The process that draws has died" in server.output
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(serve):
+def test_a_port_in_use_is_refused_in_one_sentence(serve: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = serve("--port", str(port))
@@ -357,13 +365,13 @@ def test_a_port_in_use_is_refused_in_one_sentence(serve):
 
 
 @pytest.mark.parametrize("arguments", [["--port", "0"], ["--port", "65536"], ["--port", "http"], ["--threads", "2"]])
-def test_arguments_that_mean_nothing_are_refused(arguments):
+def test_arguments_that_mean_nothing_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         serve_command.main(arguments)
 
 
 @pytest.mark.parametrize("url", ["https://host/x?signature=1", "https://host/x/?", "https://host/x/#part"])
-def test_an_upload_address_with_a_query_is_refused(capsys, url):
+def test_an_upload_address_with_a_query_is_refused(capsys: pytest.CaptureFixture[str], url: str) -> None:
     """Cog would put a picture to ``…?signature=10-seed7.webp``, and say that it succeeded."""
     with pytest.raises(SystemExit):
         serve_command.main(["--upload-url", url])
@@ -371,7 +379,7 @@ def test_an_upload_address_with_a_query_is_refused(capsys, url):
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "http://"])
-def test_an_upload_address_that_is_none_is_refused_at_once(capsys, url):
+def test_an_upload_address_that_is_none_is_refused_at_once(capsys: pytest.CaptureFixture[str], url: str) -> None:
     with pytest.raises(SystemExit):
         serve_command.main(["--upload-url", url])
     assert "is not an http or https address" in capsys.readouterr().err

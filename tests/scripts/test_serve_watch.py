@@ -11,11 +11,11 @@ from flux_lora.commands.serving import log, records, watch
 from flux_lora.commands.serving.log import Slot
 
 
-def line(message, *, level="INFO", target="coglet::prediction", **fields):
+def line(message: str, *, level: str = "INFO", target: str = "coglet::prediction", **fields: object) -> str:
     return json.dumps({"level": level, "target": target, "fields": {"message": message, **fields}})
 
 
-def shown(*lines, capsys):
+def shown(*lines: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, Slot]:
     log.show(lines, slot := Slot(), threading.Event())
     return capsys.readouterr().err, slot
 
@@ -38,7 +38,7 @@ def shown(*lines, capsys):
         ("[" * 100_000, "[" * 100_000 + "\n"),
     ],
 )  # fmt: skip
-def test_a_line_is_shown_as_people_read_it(capsys, text, expected):
+def test_a_line_is_shown_as_people_read_it(capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:
     assert shown(text, capsys=capsys)[0] == expected
 
 
@@ -53,7 +53,9 @@ def test_a_line_is_shown_as_people_read_it(capsys, text, expected):
         ([line("PermitInUse dropped", level="ERROR", source="Stdout")], "", ""),  # a prompt, printed by the model
     ],
 )  # fmt: skip
-def test_the_log_says_whether_the_slot_is_there(capsys, lines, running, lost):
+def test_the_log_says_whether_the_slot_is_there(
+    capsys: pytest.CaptureFixture[str], lines: list[str], running: str, lost: str
+) -> None:
     slot = shown(*lines, capsys=capsys)[1]
     assert (slot.running, slot.lost) == (running, lost)
 
@@ -61,18 +63,18 @@ def test_the_log_says_whether_the_slot_is_there(capsys, lines, running, lost):
 class Health(http.server.BaseHTTPRequestHandler):
     status = "BUSY"
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         body = json.dumps({"status": self.status}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
 
-def test_busy_without_a_prediction_is_a_lost_slot(monkeypatch):
+def test_busy_without_a_prediction_is_a_lost_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cog may lose the slot without a word; a server that only says BUSY stands in for it."""
     now = [1000.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
@@ -82,7 +84,7 @@ def test_busy_without_a_prediction_is_a_lost_slot(monkeypatch):
     try:
         idleness, slot = watch._Idleness(), Slot()
 
-        def asked_for(seconds):
+        def asked_for(seconds: int) -> bool:
             said = []
             for _ in range(seconds):
                 now[0] += 1
@@ -103,6 +105,6 @@ def test_busy_without_a_prediction_is_a_lost_slot(monkeypatch):
         server.shutdown()
 
 
-def test_a_line_of_another_shape_is_no_record():
+def test_a_line_of_another_shape_is_no_record() -> None:
     assert records.read('{"fields": 7, "level": "INFO", "target": "x"}') is None
     assert records.read("[1]") is None

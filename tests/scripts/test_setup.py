@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pip
@@ -15,6 +16,8 @@ from flux_lora.commands import PROJECT
 BASH = shutil.which("bash")
 TORCH = re.search(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
 SERVING = "requirements.txt requirements-cog.txt"
+SERVICE = f"{SERVING} requirements-service.txt"
+DEV = f"{SERVICE} requirements-dev.txt"
 LOCKS = f"install --no-deps --require-hashes {' '.join(f'--requirement={file}' for file in SERVING.split())}"
 WORKING = f'exec "{sys.executable}" "$@"'
 WITHOUT_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; {WORKING}'
@@ -25,21 +28,21 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a CPU
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path: Path) -> Path:
     """What scripts/setup reads."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
-    for name in (*SERVING.split(), "requirements-dev.txt", "cog.yaml"):
+    for name in (*DEV.split(), "cog.yaml"):
         shutil.copy(PROJECT / name, tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def programs(tmp_path):
+def programs(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
     """Writes shell scripts under the names of programs, and gives their folder."""
     folder = tmp_path / "programs"
     folder.mkdir()
 
-    def write(scripts):
+    def write(scripts: dict[str, str]) -> Path:
         for name, script in scripts.items():
             (folder / name).write_text(f"#!/bin/sh\n{script}\n")
             (folder / name).chmod(0o755)
@@ -48,7 +51,7 @@ def programs(tmp_path):
     return write
 
 
-def call(project, command, **environment):
+def call(project: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [BASH, "-c", f"source scripts/setup; requirements=({SERVING}); {command}"],
         cwd=project,
@@ -69,7 +72,9 @@ def call(project, command, **environment):
         ({"nvidia-smi": "exit 127", "uname": "echo Darwin"}, TORCH),
     ],
 )
-def test_only_an_nvidia_gpu_brings_cuda(project, programs, scripts, expected):
+def test_only_an_nvidia_gpu_brings_cuda(
+    project: Path, programs: Callable[[dict[str, str]], Path], scripts: dict[str, str], expected: str
+) -> None:
     path = f"{programs(scripts)}:{os.environ['PATH']}"
     assert call(project, "choose_torch", PATH=path).stdout == f"{expected}\n"
 
@@ -82,7 +87,9 @@ def test_only_an_nvidia_gpu_brings_cuda(project, programs, scripts, expected):
         ({"python3.12": WITHOUT_VENV, "python3": WORKING}, "python3"),
     ],
 )
-def test_takes_the_first_python_that_can_make_an_environment(project, programs, scripts, chosen):
+def test_takes_the_first_python_that_can_make_an_environment(
+    project: Path, programs: Callable[[dict[str, str]], Path], scripts: dict[str, str], chosen: str
+) -> None:
     folder = programs(scripts)
     assert call(project, "find_python", PATH=str(folder)).stdout == f"{folder}/{chosen}\n"
 
@@ -95,24 +102,36 @@ def test_takes_the_first_python_that_can_make_an_environment(project, programs, 
         ({"python3": WORKING}, {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a working Python"),
     ],
 )
-def test_says_what_is_missing_when_no_python_will_do(project, programs, scripts, environment, expected):
+def test_says_what_is_missing_when_no_python_will_do(
+    project: Path,
+    programs: Callable[[dict[str, str]], Path],
+    scripts: dict[str, str],
+    environment: dict[str, str],
+    expected: str,
+) -> None:
     done = call(project, "find_python", PATH=str(programs(scripts)), **environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(expected)
 
 
-def installed(project, requirements):
+def installed(project: Path, requirements: str) -> None:
     """Stamp an environment as that of these requirements."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=project, check=True)
     call(project, f"requirements=({requirements}); describe >.venv/installed")
 
 
-@pytest.mark.parametrize("requirements", [SERVING, f"{SERVING} requirements-dev.txt"])
-def test_nothing_happens_when_all_is_installed(project, requirements):
+@pytest.mark.parametrize("requirements", [SERVING, SERVICE, DEV])
+def test_nothing_happens_when_all_is_installed(project: Path, requirements: str) -> None:
     installed(project, requirements)
     before = (project / ".venv" / "installed").stat().st_mtime_ns
-    done = subprocess.run(["scripts/setup"], cwd=project, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    options: dict[str, list[list[str]]] = {
+        SERVING: [[]],
+        SERVICE: [[], ["--service"]],
+        DEV: [[], ["--service"], ["--dev"]],
+    }
+    for option in options[requirements]:
+        done = subprocess.run(["scripts/setup", *option], cwd=project, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (project / ".venv" / "installed").stat().st_mtime_ns == before
 
 
@@ -125,11 +144,12 @@ def test_nothing_happens_when_all_is_installed(project, requirements):
         "choose_torch() { echo torch==2.13.0+other; }",
         "ln -sf /no/python .venv/bin/python",
         "rm .venv/installed",
-        "requirements+=(requirements-dev.txt)",
+        "requirements+=(requirements-service.txt)",
+        "requirements+=(requirements-service.txt requirements-dev.txt)",
         "PYTHON=/no/python",
     ],
 )
-def test_a_change_of_what_it_depends_on_installs_again(project, change):
+def test_a_change_of_what_it_depends_on_installs_again(project: Path, change: str) -> None:
     installed(project, SERVING)
     assert call(project, "is_current").returncode == 0
     assert call(project, f"{change}; is_current").returncode == 1
@@ -142,13 +162,15 @@ def test_a_change_of_what_it_depends_on_installs_again(project, change):
         (TORCH, [LOCKS, f"install {TORCH}"]),
     ],
 )
-def test_the_locks_are_installed_as_they_are_and_only_cuda_brings_more(project, torch, asked):
+def test_the_locks_are_installed_as_they_are_and_only_cuda_brings_more(
+    project: Path, torch: str, asked: list[str]
+) -> None:
     installed(project, SERVING)
     done = call(project, f'pip() {{ echo "$*"; }}; choose_torch() {{ echo {torch}; }}; install')
     assert (done.returncode, done.stdout.splitlines()) == (0, asked)
 
 
-def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
+def test_without_the_cpu_build_it_fails_and_takes_no_other(project: Path) -> None:
     installed(project, SERVING)
     only_pip = project / "only_pip"
     only_pip.mkdir()
@@ -162,7 +184,7 @@ def test_without_the_cpu_build_it_fails_and_takes_no_other(project):
 
 
 @pytest.mark.slow
-def test_two_at_once_make_one_working_environment(project):
+def test_two_at_once_make_one_working_environment(project: Path) -> None:
     both = [subprocess.Popen(["scripts/setup"], cwd=project, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors

@@ -70,12 +70,13 @@ def local_front(
     keep_seconds: float = 3600,
     keep_bytes: int = 2**28,
     network: Network | None = None,
+    log: Log | None = None,
 ) -> Front:
     """A front as the service makes it, before replicas of this process."""
-    metrics = Metrics()
-    backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, Log())
+    metrics, log = Metrics(), log or Log()
+    backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, log)
     predictions = Predictions(backend, deadline=deadline, keep_seconds=keep_seconds, keep_bytes=keep_bytes)
-    return Front(predictions, backend, metrics, network or Network(), ("dev", "schnell"), MINI, Log())
+    return Front(predictions, backend, metrics, network or Network(), ("dev", "schnell"), MINI, log)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from flux_lora.sources.guard import Network
 
 
 @pytest.mark.parametrize("text", ["a", "pred_18eba8285320ba7d", "A-b_9", "x" * 64])
-def test_an_id_is_a_word(text):
+def test_an_id_is_a_word(text: object) -> None:
     assert checks.check_id(text) == text
 
 
@@ -17,26 +17,26 @@ def test_an_id_is_a_word(text):
     ["", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "x" * 65, "a b", "a\n", "ä", "a\0", "%2e%2e", "a.b",
      "\x1b[31m", 7, None],
 )  # fmt: skip
-def test_an_id_that_is_a_path_or_steers_a_terminal_is_refused(text):
+def test_an_id_that_is_a_path_or_steers_a_terminal_is_refused(text: object) -> None:
     with pytest.raises(RequestError, match="id must be 1 to 64 of the characters") as refusal:
         checks.check_id(text)
     assert str(refusal.value).isprintable()
 
 
 @pytest.mark.parametrize("length", [0, 1, 100 * 1024**2])
-def test_a_body_within_the_limit_passes(length):
+def test_a_body_within_the_limit_passes(length: int | None) -> None:
     checks.check_size(length)
 
 
 @pytest.mark.parametrize(
     ("length", "named"), [(None, "Content-Length"), (-1, "Content-Length"), (100 * 1024**2 + 1, "104,857,601 bytes")]
 )
-def test_a_body_beyond_it_is_refused_by_its_length(length, named):
+def test_a_body_beyond_it_is_refused_by_its_length(length: int | None, named: str) -> None:
     with pytest.raises(RequestError, match=named):
         checks.check_size(length)
 
 
-def test_fields_of_the_operator_are_refused_by_name():
+def test_fields_of_the_operator_are_refused_by_name() -> None:
     checks.check_fields({"id": "a", "input": {}, "webhook": "x", "webhook_events_filter": ["completed"]})
     with pytest.raises(RequestError, match="'context' cannot be given here"):
         checks.check_fields({"context": {}})
@@ -54,7 +54,7 @@ ADDRESSES = {
 NETWORK = Network(resolve=lambda host: ADDRESSES.get(host, []))
 
 
-def test_a_webhook_to_a_public_host_passes():
+def test_a_webhook_to_a_public_host_passes() -> None:
     address = "https://hooks.example.com/done?key=1"
     assert checks.check_webhook(address, NETWORK) == address
 
@@ -69,6 +69,6 @@ def test_a_webhook_to_a_public_host_passes():
         "", "x", "https://hooks.example.com/" + "x" * 3000, 7, None,
     ],
 )  # fmt: skip
-def test_a_webhook_to_anywhere_else_is_refused(address):
+def test_a_webhook_to_anywhere_else_is_refused(address: object) -> None:
     with pytest.raises(RequestError, match="webhook"):
         checks.check_webhook(address, NETWORK)

@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         route(exchange)
         self.close_connection = True
 
-    do_POST = do_GET
+    do_POST = do_GET  # noqa: N815 - a name of the base class
 
     def log_message(self, *_: object) -> None:
         pass

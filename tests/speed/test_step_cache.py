@@ -66,20 +66,20 @@ def by_hand(pipeline: Any, steps: int, reused: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", range(1, 51))
-def test_at_most_half_of_the_steps_reuse(steps: int) -> None:
+def test_what_a_schedule_reuses(steps: int) -> None:
     reused = Schedule().reused(steps)
     assert len(reused) <= steps / 2
-    assert not set(reused) & {0, 1, steps - 1}  # a line needs two points, and the last step decides the details
-    assert all(step + 1 not in reused for step in reused)
-    if steps <= 4:
-        assert reused == []
+    assert not set(reused) & {0, 1, 2, 3, steps - 1}  # a line needs two points, and the last step decides the details
+    assert not any({step, step + 1, step + 2} <= set(reused) for step in reused)
+    assert not any({step, step + 1} <= set(reused) for step in reused if step < 9)
 
 
-def test_of_28_steps_12_reuse() -> None:
-    assert Schedule().reused(28) == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26]
+def test_of_28_steps_14_are_computed() -> None:
+    reused = Schedule().reused(28)
+    assert sorted({*range(28)} - {*reused}) == [0, 1, 2, 3, 5, 7, 9, 11, 13, 16, 19, 22, 25, 27]
 
 
-@pytest.mark.parametrize("steps", [1, 4, 5, 6, 9, 12])
+@pytest.mark.parametrize("steps", [1, 4, 5, 6, 9, 12, 16])
 def test_outputs_are_extrapolated_as_the_schedule_says(pipeline: Any, steps: int) -> None:
     reused = Schedule().reused(steps)
     latents, computed = draw(pipeline, steps, Schedule())

@@ -1,6 +1,7 @@
 """Any rank, alpha, type, order of keys and choice of layers means the same as the formula in float64."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -80,12 +81,12 @@ def test_the_formula(algorithm: str, data: st.DataObject, tmp_path: Path) -> Non
         assert (actual[name] - weight).abs().max() <= 2e-5 * (weight.abs().max() + BASE[name].abs().max()), name
 
 
-def low_rank(stored, rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+def low_rank(stored: Callable[..., Tensor], rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
     parts = {"down": stored(rank, columns), "up": stored(rows, rank)}
     return parts, parts["up"] @ parts["down"]
 
 
-def hadamard(stored, rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+def hadamard(stored: Callable[..., Tensor], rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
     parts = {
         f"hada_w{i}_{end}": stored(*shape)
         for i in (1, 2)
@@ -94,6 +95,6 @@ def hadamard(stored, rows: int, columns: int, rank: int) -> tuple[dict[str, Tens
     return parts, (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
 
 
-def kronecker(stored, rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+def kronecker(stored: Callable[..., Tensor], rows: int, columns: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
     parts = {"lokr_w1": stored(4, 2), "lokr_w2_a": stored(rows // 4, rank), "lokr_w2_b": stored(rank, columns // 2)}
     return parts, torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])

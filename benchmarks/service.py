@@ -1,0 +1,165 @@
+"""What the service costs beyond drawing: a queue, HTTP and processes, against generators that nothing is before.
+
+    scripts/bench service
+
+Overhead: one caller, one request after the other, through the service and in this process by ``Generator.draw``, which
+take turns; the median of the differences. Throughput: two replicas under load from four callers, against two bare
+processes that draw the same requests; one thread each. Targets: at most 15 ms, and at least 0.85.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.measure import machine
+from flux_lora.assembly import assemble
+from flux_lora.request import Request
+from flux_lora.settings import Settings
+
+OVERHEAD_MS = 15
+THROUGHPUT = 0.85
+START_SECONDS = 180
+PORT = 8417
+
+
+def main() -> int:
+    """Print the numbers; exit with 1 when a target is missed."""
+    parser = argparse.ArgumentParser(prog="scripts/bench service", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60, help="requests of each contender for the overhead")
+    parser.add_argument("--load", type=int, default=80, help="requests for the throughput")
+    parser.add_argument("--steps", type=int, default=4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    settings = Settings.from_environment()
+    print(machine())
+    print(f"weights {settings.weights}, dev, {options.steps} steps, 512×512")
+    requests = [_inputs(number, options.steps) for number in range(options.load)]
+    with _service(settings.weights) as url, httpx.Client(base_url=url, timeout=120) as client:
+        overhead = _overhead(client, settings, options.rounds, options.steps)
+        served = _seconds(lambda: _load(url, requests))
+    bare = _bare(settings, requests)
+    print(f"overhead: {overhead * 1000:.1f} ms at the median of {options.rounds} (target: at most {OVERHEAD_MS})")
+    ratio = bare / served
+    print(
+        f"throughput: {len(requests) / served:.2f} pictures/s by two replicas, {len(requests) / bare:.2f} by two bare "
+        f"processes: {ratio:.2f} (target: at least {THROUGHPUT})"
+    )
+    return int(overhead * 1000 > OVERHEAD_MS or ratio < THROUGHPUT)
+
+
+def _inputs(seed: int, steps: int) -> dict[str, Any]:
+    size = {"aspect_ratio": "custom", "width": 512, "height": 512}
+    return {"prompt": "a tomato", "seed": seed, "num_inference_steps": steps, **size}
+
+
+@contextmanager
+def _service(weights: Path) -> Iterator[str]:
+    """The service with two replicas, ready; gives its address."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flux_lora.commands.service", "--port", str(PORT)],
+            env={**os.environ, "FLUX_WEIGHTS": str(weights), "FLUX_REPLICAS": "2"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            deadline, url = time.monotonic() + START_SECONDS, f"http://127.0.0.1:{PORT}"
+            while not _is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(log.read().decode())
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return bool(httpx.get(f"{url}/health").json().get("replicas") == 2)
+    except (httpx.TransportError, ValueError):
+        return False
+
+
+def _overhead(client: httpx.Client, settings: Settings, rounds: int, steps: int) -> float:
+    """Seconds that a request takes longer through the service than in this process, at the median."""
+    generator = assemble(settings, log=lambda _: None)
+
+    def served(number: int) -> object:
+        return client.post("/predictions", json={"input": _inputs(number, steps)}).raise_for_status().json()
+
+    def bare(number: int) -> object:
+        return [path.read_bytes() for path in generator.draw(Request.parse(**_inputs(number, steps)))]
+
+    differences, alone = [], []
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        for turn in range(-4, rounds):
+            order = [served, bare] if turn % 2 else [bare, served]
+            took = {draw: _seconds(partial(draw, turn % 1000)) for draw in order}
+            if turn >= 0:
+                differences.append(took[served] - took[bare])
+                alone.append(took[bare])
+    print(f"a request alone: {statistics.median(alone) * 1000:.0f} ms")
+    return statistics.median(differences)
+
+
+def _load(url: str, requests: list[dict[str, Any]]) -> None:
+    with httpx.Client(base_url=url, timeout=300) as client, ThreadPoolExecutor(4) as callers:
+        for answer in callers.map(lambda inputs: client.post("/predictions", json={"input": inputs}), requests):
+            assert answer.json()["status"] == "succeeded", answer.text[:500]  # noqa: S101 - else nothing is measured
+
+
+def _bare(settings: Settings, requests: list[dict[str, Any]]) -> float:
+    """Seconds in which two processes draw the requests, one of them every other."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Semaphore(0), context.Event()
+    drawers = [context.Process(target=_draw, args=(settings, requests[k::2], ready, go)) for k in range(2)]
+    for drawer in drawers:
+        drawer.start()
+    for _ in drawers:
+        ready.acquire()
+
+    def work() -> None:
+        go.set()
+        for drawer in drawers:
+            drawer.join()
+
+    return _seconds(work)
+
+
+def _draw(settings: Settings, requests: list[dict[str, Any]], ready: Any, go: Any) -> None:
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:  # noqa: PTH123 - names of the system
+        generator = assemble(settings, log=lambda _: None)
+        for inputs in requests[:2]:
+            generator.draw(Request.parse(**inputs))
+        ready.release()
+        go.wait()
+        for inputs in requests:
+            generator.draw(Request.parse(**inputs))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

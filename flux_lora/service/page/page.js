@@ -469,7 +469,8 @@ async function clearHistory() {
 }
 
 function factsOf({ inputs: wanted, seconds }) {
-  const facts = [wanted.model, `${wanted.num_inference_steps} steps`];
+  const steps = wanted.num_inference_steps;
+  const facts = [wanted.model, `${steps} ${steps === 1 ? "step" : "steps"}`];
   if (wanted.image) facts.push(`from a picture${wanted.mask ? ", within a mask" : ""}, ${Math.round(100 * wanted.prompt_strength)} % change`);
   else if (wanted.aspect_ratio === "custom") facts.push(`${wanted.width} × ${wanted.height}`);
   else facts.push(wanted.aspect_ratio);
@@ -520,7 +521,7 @@ function view(draw_, picture, address) {
 async function redraw(wanted) {
   if (running) return;
   try {
-    if (wanted.image) await start(await (await fetch(wanted.image)).blob(), wanted.mask);
+    if (wanted.image) await start(fileOf(wanted.image), wanted.mask);
     else forget();
   } catch { /* the old picture cannot be read: its data is sent as it is */ }
   fill(wanted);
@@ -545,6 +546,12 @@ function dataOf(blob) {
     reader.onerror = () => reject(new Problem("That file cannot be read."));
     reader.readAsDataURL(blob);
   });
+}
+
+/** The file of a data: URI, which the page's own policy does not let it fetch. */
+function fileOf(uri) {
+  const [head, data] = uri.split(",");
+  return new Blob([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], { type: /^data:([^;]*)/.exec(head)[1] });
 }
 
 async function start(blob, mask = null) {

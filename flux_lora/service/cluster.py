@@ -31,8 +31,16 @@ DRAWING = "Drawing"
 LONGEST_FOLDER = 40
 """Characters of Ray's folder: it puts sockets far below, whose names are short."""
 
-JANITOR = "trap '' HUP INT TERM; cat; sleep 3; rm -rf -- \"$1\""
-"""Removes a folder when whoever started this has ended, however that was."""
+JANITOR = """
+trap '' HUP INT TERM
+cat
+sleep 3
+for of in /proc/[0-9]*/environ; do
+    if grep -qsaF "RAY_TMPDIR=$1" "$of"; then of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+done
+rm -rf -- "$1"
+"""
+"""Ends what is left, and removes the folder, when whoever started this has ended, however that was."""
 
 POLL_SECONDS = 0.3
 """Between two looks at how starting goes."""
@@ -50,13 +58,17 @@ class ServiceError(FluxLoraError):
     """A service that cannot start, or cannot go on; the message is the reason."""
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     """What Ray reads from nowhere else, when it is imported, and its processes inherit."""
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is historical: no cluster, so all ports on loopback alone
+        "RAY_TMPDIR": str(folder),  # also what its processes are known by
         "RAY_AUTH_MODE": "token",  # loopback is shared with other users of the machine
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # One event loop in each actor: nothing in ours blocks it, and each change of threads costs time.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     }
 
 
@@ -112,7 +124,7 @@ def local_ray(folder: Path, cpus: int, gpus: int) -> Iterator[None]:
         cpus: that it hands out, whether or not there are so many.
         gpus: of this machine.
     """
-    os.environ |= _environment()
+    os.environ |= _environment(folder)
     import ray
 
     ray.init(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 
 import torch
 
@@ -76,6 +77,18 @@ class Studio:
         Raises:
             Exception: a bug of ours, or a device that has failed.
         """
+        async with aclosing(self.batches(job, 0)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, job: Job, seconds: float) -> AsyncGenerator[list[Event | Usage], None]:
+        """The events of `draw`, several at a time where each transfer costs something.
+
+        Args:
+            job: to draw.
+            seconds: that an event may wait for others; the end waits for nothing.
+        """
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Told]()
         async with self._turn:
             self._stop.clear()
@@ -83,13 +96,17 @@ class Studio:
             self._tell = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
             drawing = asyncio.wrap_future(self._thread.submit(self._draw, job))
             try:
-                while True:
-                    event = await events.get()
-                    if isinstance(event, BaseException):
-                        raise event
-                    yield event
-                    if isinstance(event, jobs.End):
-                        return
+                ended = False
+                while not ended:
+                    batch = [_event(await events.get())]
+                    send = loop.time() + seconds
+                    while not (ended := isinstance(batch[-1], jobs.End)):
+                        try:
+                            async with asyncio.timeout_at(send):
+                                batch.append(_event(await events.get()))
+                        except TimeoutError:
+                            break
+                    yield batch
             finally:
                 self._stop.set()
                 while not drawing.done():  # the next job must not begin before, however often this is cancelled
@@ -163,6 +180,13 @@ class Studio:
     def _line(self, text: str) -> None:
         self._log(text, self._job)
         self._tell(Line(text))
+
+
+def _event(told: Told) -> Event | Usage:
+    """An event; an exception is raised."""
+    if isinstance(told, BaseException):
+        raise told
+    return told
 
 
 def _nobody(_: object) -> None:

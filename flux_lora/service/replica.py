@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
 from ray import serve
@@ -14,7 +14,6 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from flux_lora.assembly import assemble
-from flux_lora.service import jobs
 from flux_lora.service.dispatcher import LostError
 from flux_lora.service.drawing import Studio
 from flux_lora.service.jobs import Event, Job, Usage
@@ -24,6 +23,9 @@ from flux_lora.settings import Settings
 
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 """What Ray raises where a replica is no more."""
+
+BATCH_SECONDS = 0.1
+"""That an event may wait for others: each transfer between processes takes a millisecond or two of both."""
 
 COUNT_SECONDS = 1.0
 """How old the number of replicas may be."""
@@ -50,12 +52,13 @@ class Drawing:
         """Let Ray know which group's weights are here from now on; drawing brings them."""
         return group
 
-    async def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
-        """Draw a job; the last event is its end."""
+    async def draw(self, job: Job) -> AsyncGenerator[list[Event | Usage], None]:
+        """Draw a job; its events come in batches, and the last one is its end."""
         await self.hold(job.group)
         try:
-            async for event in self._studio.draw(job):
-                yield event
+            async with aclosing(self._studio.batches(job, BATCH_SECONDS)) as batches:
+                async for batch in batches:
+                    yield batch
         except Exception:
             # A GPU that has failed once does not recover in this process. Ray starts another one when this one ends.
             if not await self._healthy():
@@ -87,17 +90,16 @@ class RayReplica:
             LostError: the replica died.
         """
         response = self._handle.dispatch(self._selection, job)
-        events = cast("DeploymentResponseGenerator[Event | Usage]", response)  # that of a handle with stream=True
+        batches = cast("DeploymentResponseGenerator[list[Event | Usage]]", response)  # as stream=True has it
         try:
-            async for event in events:
-                yield event
-                if isinstance(event, jobs.End):
-                    return
+            async for batch in batches:
+                for event in batch:
+                    yield event
         except GONE as error:
             raise LostError from error
         finally:
             # Nothing happens when it has ended.
-            events.cancel()  # type: ignore[no-untyped-call]  # Ray's method is untyped
+            batches.cancel()  # type: ignore[no-untyped-call]  # Ray's method is untyped
 
 
 class RayFleet:

@@ -28,7 +28,7 @@ def locked(replica: LocalReplica) -> Iterator[str]:
                {"Authorization": f"Bearer {KEYS[0]}x"}, {"Authorization": "Bearer schlüssel"}]
 )  # fmt: skip
 def test_without_a_key_nothing_is_drawn_or_told(locked: str, header: dict[str, str]) -> None:
-    given = {name: value.encode("latin-1") for name, value in header.items()}
+    given = [(name.encode(), value.encode("latin-1")) for name, value in header.items()]
     for path in ("/predictions/any", "/v1/predictions", "/metrics", "/files/any/0.webp", "/nothing"):
         assert httpx.get(locked + path, headers=given).status_code == 401
     refusal = httpx.post(f"{locked}/predictions", json={"input": WITNESS}, headers=given)

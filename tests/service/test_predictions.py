@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-import replicate
 from prometheus_client.parser import text_string_to_metric_families
+from replicate.client import Client
+from replicate.exceptions import ReplicateError
 from replicate.helpers import FileOutput
 
 from flux_lora.request import Request
@@ -219,9 +220,9 @@ def test_a_webhook_whose_name_leads_inside_later_is_not_told(replica: LocalRepli
     internet.reset()
     internet.serve("https://hooks.example.com/done", answer(204))
     addresses = iter([["8.8.8.8"]])
-    internet.resolve = lambda _: next(addresses, ["127.0.0.1"])
+    internet.resolve = lambda host: next(addresses, ["127.0.0.1"])  # noqa: ARG005
     with serving(local_front([replica], network=internet.network())) as address:
-        filtered = {"webhook": "https://hooks.example.com/done", "webhook_events_filter": ["completed"]}
+        filtered: dict[str, Any] = {"webhook": "https://hooks.example.com/done", "webhook_events_filter": ["completed"]}
         assert post(address, WITNESS, **filtered).status_code == 200
         time.sleep(0.5)
     assert internet.connected == []
@@ -229,7 +230,7 @@ def test_a_webhook_whose_name_leads_inside_later_is_not_told(replica: LocalRepli
 
 def test_the_official_client_draws_and_cancels(replica: LocalReplica) -> None:
     with serving(local_front([replica]), keys=("a-key-of-sixteen-letters",)) as address:
-        client = replicate.Client(api_token="a-key-of-sixteen-letters", base_url=address)
+        client = Client(api_token="a-key-of-sixteen-letters", base_url=address)
         client.poll_interval = 0.05
         output = client.run("anybody/flux-lora", input=WITNESS)
         assert all(isinstance(file, FileOutput) for file in output)
@@ -246,7 +247,7 @@ def test_the_official_client_draws_and_cancels(replica: LocalReplica) -> None:
         long = client.predictions.create(version="any", input=LONG)
         long.cancel()
         assert long.status == "canceled"
-        with pytest.raises(replicate.exceptions.ReplicateError, match="num_outputs"):
+        with pytest.raises(ReplicateError, match="num_outputs"):
             client.predictions.create(version="any", input=WITNESS | {"num_outputs": 9})
 
 

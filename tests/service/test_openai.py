@@ -2,7 +2,10 @@
 
 import base64
 import io
+import json
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from PIL import Image
 from flux_lora.request import Request
 from flux_lora.service.openai_inputs import ImageRequest, read
 from flux_lora.settings import Settings
-from tests.conftest import MINI
+from tests.conftest import MINI, ROOT
 from tests.server.conftest import SMALL, wait_for
 from tests.service.local import LocalReplica, local_front, serving
 
@@ -257,3 +260,20 @@ def test_all_of_it_is_documented(client: openai.OpenAI) -> None:
     assert {"/v1/images/generations", "/v1/models"} <= set(document["paths"])
     fields = document["components"]["schemas"]["ImageRequest"]["properties"]
     assert {"prompt", "model", "n", "size", "seed", "lora_scale"} <= set(fields)
+
+
+def test_the_documents_examples_draw(client: openai.OpenAI, replica: LocalReplica) -> None:
+    text = (ROOT / "docs" / "service.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"(curl -s \S+/v1/images/.*?)```", text, re.DOTALL)
+    here = str(client.base_url).removesuffix("/v1/")
+    code, command = (part.replace("http://127.0.0.1:8000", here).replace("KEY", KEY) for part in (code, command))
+    found: dict[str, Any] = {}
+    exec(code.replace('"seed": 7', '"seed": 7, "steps": 1').replace("1024x1024", "256x256"), found)  # noqa: S102 - ours
+    expected = drawn(
+        replica, seed=7, replicate_weights="lora.safetensors", lora_scale=0.8, **SMALL | {"num_inference_steps": 1}
+    )
+    assert base64.b64decode(found["picture"]) == expected[0]
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    (picture,) = json.loads(done.stdout)["data"]
+    assert Image.open(io.BytesIO(base64.b64decode(picture["b64_json"]))).format == "WEBP"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import resvg_py
 from PIL import Image, ImageFilter
@@ -43,6 +43,9 @@ BACKGROUNDS = {
 }
 CANVASES = {"square": (512, 512), "wide": (768, 320), "tall": (320, 768)}
 FOCUS = {"sharp": 0, "soft": 10}
+
+Icons = dict[str, Any]
+"""What icons.json holds."""
 """Radius of a Gaussian blur in pixels."""
 
 
@@ -82,7 +85,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _scores(checker: OpenNsfw, icons: dict, thing: str) -> list[Score]:
+def _scores(checker: OpenNsfw, icons: Icons, thing: str) -> list[Score]:
     return [
         Score(checker.score(_draw(icons, thing, background, canvas, focus)), thing, background, canvas, focus)
         for background in BACKGROUNDS
@@ -91,7 +94,7 @@ def _scores(checker: OpenNsfw, icons: dict, thing: str) -> list[Score]:
     ]
 
 
-def _draw(icons: dict, thing: str, background: str, canvas: str, focus: str) -> Image.Image:
+def _draw(icons: Icons, thing: str, background: str, canvas: str, focus: str) -> Image.Image:
     width, height = CANVASES[canvas]
     side = min(width, height)
     drawing = Image.open(io.BytesIO(_render(_svg(icons, thing), side))).convert("RGBA")
@@ -100,7 +103,7 @@ def _draw(icons: dict, thing: str, background: str, canvas: str, focus: str) -> 
     return picture.convert("RGB").filter(ImageFilter.GaussianBlur(FOCUS[focus]))
 
 
-def _svg(icons: dict, thing: str) -> str:
+def _svg(icons: Icons, thing: str) -> str:
     icon = icons["icons"][thing]
     box = f"0 0 {icon.get('width', icons['width'])} {icon.get('height', icons['height'])}"
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -42,6 +42,7 @@ from flux_lora.request import MAX_TEXT_TOKENS, Model
 from flux_lora.settings import Settings
 
 OURS = ("eager", "exact", "balanced", "fast")
+Kind = Literal["dev", "schnell", "turns", "reference"]
 STEPS = {"dev": 28, "schnell": 4}
 CUSTOM = ((1008, 1008), (256, 256), (1440, 1440), (512, 512))
 """Sizes beyond the eleven; the last has as many image tokens as dev has text tokens."""
@@ -68,10 +69,10 @@ class Bench:
         in_bfloat16 = device.type == "cuda" or options.row.startswith("peer2-fp8")
         dtype = torch.bfloat16 if in_bfloat16 else torch.float32
         self.given = Given(device, dtype, options.small, folder, options.cache)
-        self._kind = ""
+        self._kind: Kind | None = None
         self._contender: Contender | None = None
 
-    def contender(self, kind: str) -> Contender:
+    def contender(self, kind: Kind) -> Contender:
         """What draws: ``dev``, ``schnell``, ``turns`` (both models), or ``reference``."""
         if self._kind != kind or self._contender is None:
             self._contender = None
@@ -81,14 +82,14 @@ class Bench:
             self._contender, self._kind = made, kind
         return self._contender
 
-    def _make(self, kind: str) -> Contender:
+    def _make(self, kind: Kind) -> Contender:
         row = self.options.row
         if kind == "reference":
             return Peer(self.given, None, "dev")
-        if row in PEERS:
-            return Peer(self.given, PEERS[row], kind)
         if kind == "turns":
             return Ours(self.given, row, "dev", "schnell", memory_plan="alternating")
+        if row in PEERS:
+            return Peer(self.given, PEERS[row], kind)
         return Ours(self.given, row, kind)
 
 

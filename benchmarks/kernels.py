@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flux_lora.lora.merge import Contribution
 from flux_lora.speed import kernels
 from flux_lora.speed.quantization import QuantizedLinear, prepare
 
-OPTIONS = {"deterministic": True}
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": True}
 """What the service compiles with (compilation.py)."""
 
 Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple[Any, ...], int]
@@ -80,7 +81,7 @@ def steady(work: Callable[[], object], device: torch.device, rounds: int = 20) -
         work()
     if device.type != "cuda":
         return seconds(work, device)
-    spent = []
+    spent: list[float] = []
     for _ in range(3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -116,7 +117,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             moved_image = sizes.images * wide * (2 + size)
             yield f"GELU{mark}", join, kernels.join_reference, (None, image_mlp, quantized), moved_image
             yield f"attention{mark}", join, kernels.join_reference, (attention, None, quantized), moved
-        plain = (both, vectors[0], vectors[1], [], [], 1e-6, quantized)
+        plain: tuple[Any, ...] = (both, vectors[0], vectors[1], [], [], 1e-6, quantized)
         added = (both, vectors[0], vectors[1], out, vectors[2], 1e-6, quantized)
         yield f"modulate{mark}", modulate, kernels.modulate_reference, plain, moved
         yield f"add, modulate{mark}", modulate, kernels.modulate_reference, added, moved + tokens * width * 4
@@ -137,7 +138,7 @@ def time_kernels(sizes: Sizes, rate: float) -> dict[str, Any]:
     """Each kernel: checked against its reference, then timed with several numbers of warps."""
     found = {}
     for name, kernel, reference, arguments, moved in cases(sizes):
-        operator = kernel._schema.name.split("::")[1]  # type: ignore[attr-defined]
+        operator = kernel.name().split("::")[1]  # type: ignore[attr-defined]
         row: dict[str, Any] = {
             "check": check(kernel(*arguments), reference(*arguments)),
             "floor_us": moved / rate * 1e6,
@@ -232,7 +233,7 @@ def time_blocks(sizes: Sizes, rate: float) -> dict[str, Any]:  # noqa: ARG001 - 
                 compiling = time.perf_counter() - started
                 name = f"{profile} {kind}"
                 outputs[f"{name} {whose}"] = torch.cat([text_out, image_out], dim=1).float()
-                row = {
+                row: dict[str, Any] = {
                     "ms": steady(lambda: block(**arguments), sizes.device) * 1e3,  # noqa: B023 - called at once
                     "first_call_s": compiling,
                     "kernels_us": profiled(lambda: block(**arguments), sizes.device),  # noqa: B023
@@ -289,9 +290,9 @@ def time_attention(sizes: Sizes, rate: float) -> dict[str, float]:  # noqa: ARG0
         "tokens first": last,
     }
     found = {}
-    for name, inputs in orders.items():
-        spent = seconds(lambda: F.scaled_dot_product_attention(*inputs), sizes.device, replayed=False)  # noqa: B023
-        out = F.scaled_dot_product_attention(*inputs)
+    for name, (q, k, v) in orders.items():
+        spent = seconds(lambda: F.scaled_dot_product_attention(q, k, v), sizes.device, replayed=False)  # noqa: B023
+        out = F.scaled_dot_product_attention(q, k, v)
         found[name] = operations / spent / 1e12
         print(f"SDPA {name:56} {found[name]:7.1f} TFLOP/s, output strides {out.stride()}", flush=True)
     return found
@@ -308,7 +309,7 @@ def time_host(sizes: Sizes, rate: float) -> dict[str, float]:  # noqa: ARG001 - 
         )
 
     found = {}
-    calls = {"operator": lambda: kernels.join(None, x, True)}
+    calls: dict[str, Callable[[], object]] = {"operator": lambda: kernels.join(None, x, True)}
     if sizes.device.type == "cuda":
         calls["program"] = launch
     with torch.no_grad():
@@ -353,7 +354,7 @@ def time_merge(sizes: Sizes, rate: float) -> dict[str, Any]:
         methods[f"{kind} as served"] = Layer.served_eight_bits if kind == "fp8" else Layer.served
         for tile in MERGES[target] if device.type == "cuda" else ():
             name = "{} program, {}×{}, {} warps, {} stages".format(kind, *tile)
-            methods[name] = lambda layer, target=target, tile=tile: layer.program(target, fused.Tile(*tile))
+            methods[name] = partial(Layer.program, name=target, tile=fused.Tile(*tile))
     for name, method in methods.items():
         differing = 0.0
         for layer in layers.values():

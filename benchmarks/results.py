@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 Cells = Mapping[str, Callable[[Row], float]]
 
+
+def _of_dev(part: str, name: str, row: Row) -> float:
+    return float(row["dev"][part][name])
+
+
 IMAGES: Cells = {
     "dev 1:1 s": lambda row: row["dev"]["seconds"],
     "4 steps s": lambda row: row["dev"]["four"]["seconds"],
@@ -68,13 +74,12 @@ IMAGES: Cells = {
     "warm s": lambda row: row["first"]["set_up"]["seconds"],
 }
 STAGES: Cells = {
-    f"{stage} s": lambda row, stage=stage: row["dev"]["stages"][stage]
-    for stage in ("adapter", "text", "denoise", "decode", "save")
+    f"{stage} s": partial(_of_dev, "stages", stage) for stage in ("adapter", "text", "denoise", "decode", "save")
 }
 KERNELS: Cells = {
-    f"{name} ms": lambda row, name=name: row["dev"]["kernels"][f"{name}_ms"]  # type: ignore[misc]
+    f"{name} ms": partial(_of_dev, "kernels", f"{name}_ms")
     for name in ("step", "products", "attention", "elementwise", "copies", "between")
-} | {"launches": lambda row: row["dev"]["kernels"]["launches"]}
+} | {"launches": partial(_of_dev, "kernels", "launches")}
 
 
 def keep(folder: Path, row: Row, found: Row, *, small: bool) -> None:

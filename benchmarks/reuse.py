@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,14 @@ def _ways() -> Iterator[tuple[str, Way]]:
     yield "ours", lambda pipeline, steps: step_cache.counting(pipeline.transformer, steps, step_cache.Schedule())
     yield "TaylorSeer, every second step", lambda pipeline, steps: _cached(pipeline, _every_second(steps))
     for threshold in (0.08, 0.12, 0.16):
-        configuration = FirstBlockCacheConfig(threshold=threshold)
-        yield f"first block, {threshold}", lambda pipeline, _, given=configuration: _cached(pipeline, given)
+        yield f"first block, {threshold}", partial(_first_block, threshold=threshold)
     if importlib.util.find_spec("cache_dit"):
         for threshold in (0.08, 0.12, 0.2):
-            yield (
-                f"cache-dit, first block and Taylor, {threshold}",
-                lambda pipeline, steps, given=threshold: _cache_dit(pipeline, steps, given),
-            )
+            yield f"cache-dit, first block and Taylor, {threshold}", partial(_cache_dit, threshold=threshold)
+
+
+def _first_block(pipeline: Any, _: int, threshold: float) -> AbstractContextManager[object]:
+    return _cached(pipeline, FirstBlockCacheConfig(threshold=threshold))
 
 
 def _every_second(steps: int) -> Any:

@@ -23,7 +23,7 @@ from flux_lora.lora.formats import read
 from flux_lora.lora.merge import MergedModule
 from training.random_weights import random_lora
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 1,
     "num_single_layers": 5,

@@ -16,9 +16,9 @@ BUNDLED = "lora.safetensors"
 
 
 def operator_source(named: str, weights: Path) -> str:
-    """Where the operator's fine-tune is: a file of the weights directory, if it is one by that name."""
+    """Where the operator's fine-tune is: a file or folder of the weights directory, if there is one by that name."""
     here = os.path.join(weights, named)  # noqa: PTH118 - a data: URI is too long for a Path
-    return here if os.path.isfile(here) else named  # noqa: PTH113
+    return here if os.path.exists(here) else named  # noqa: PTH110
 
 
 class Adapters:

@@ -146,6 +146,7 @@ def assemble(
             schedule=profile.schedule,
             allow=lambda request: rules.check(request, settings),
             log=log,
+            known_words=checkpoints.known_words,
         )
     )
 

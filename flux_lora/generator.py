@@ -13,12 +13,13 @@ from flux_lora.beside import Beside, result, succeeded
 from flux_lora.device import devices
 from flux_lora.drawing.image import denoise, image_tokens
 from flux_lora.drawing.pipeline import Pipeline, Pipelines
-from flux_lora.drawing.prompts import Embeddings, PromptEncoder, read_part
+from flux_lora.drawing.prompts import Embeddings, PromptEncoder, read_part, unknown_words
 from flux_lora.errors import SafetyError, WeightsError
 from flux_lora.files import outputs
 from flux_lora.files.record import Environment, Lora, Parameters
 from flux_lora.finishing import Drawn, Finisher
 from flux_lora.ledger import Finished, Ledger, Log, Record
+from flux_lora.lora.formats.triggers import without_trigger
 from flux_lora.lora.merge import AdapterSet, MergedModule
 from flux_lora.memory.placement import Placement
 from flux_lora.request import Request
@@ -71,6 +72,8 @@ class Parts:
     allow: Callable[[Request], None]
     """Raises `RequestError` for what the operator does not allow."""
     log: Log
+    known_words: frozenset[str] | None = None
+    """All words that the models know, where they are few and listed."""
 
 
 class Generator:
@@ -131,6 +134,9 @@ class Generator:
         # 1. The adapters, merged into what this request uses: first into what reads the prompt.
         with ledger.timed("adapter"):
             adapters = parts.adapters.read(request.adapters, ledger.log)
+            for adapter, scale in adapters:
+                if scale and (note := without_trigger(request.prompt, adapter.triggers)):
+                    ledger.log(note)
             parts.memory.load_model(request.model)
             _merge(parts.encoders, adapters, ledger)
 
@@ -196,6 +202,8 @@ class Generator:
         )
         for note in request.notes:
             ledger.log(note)
+        if (known := self.parts.known_words) and (strange := unknown_words(request.prompt, known)):
+            ledger.log(f"this model knows {len(known)} words, in small letters, and not: {strange}")
         if request.model == "dev" and not self._has_guidance("dev"):
             ledger.log("guidance_scale is ignored: the dev model of this server has no guidance input")
         tokens = image_tokens(self.parts.pipelines[request.model], request.size)

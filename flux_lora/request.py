@@ -191,7 +191,7 @@ class Request(BaseModel):
             adapters: (source, scale) of each; all are merged at once, and their order does not matter.
         """
         wider = self.model_copy()
-        wider._more = (*self._more, *adapters)
+        wider._more = (*self._more, *adapters)  # noqa: SLF001 - of this class
         return wider
 
     @property

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux_lora.errors import SettingsError
@@ -158,6 +158,9 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = Field(default=None, validation_alias="HF_TOKEN")
     civitai_token: SecretStr | None = Field(default=None, validation_alias="CIVITAI_TOKEN")
     replicate_api_token: SecretStr | None = Field(default=None, validation_alias="REPLICATE_API_TOKEN")
+
+    display: str | None = Field(default=None, validation_alias=AliasChoices("WAYLAND_DISPLAY", "DISPLAY"))
+    """The desktop that commands may show pictures on."""
 
     @field_validator("download", mode="before")
     @classmethod

@@ -29,7 +29,7 @@ def load(path: pathlib.Path) -> Any:
 
 def documented() -> dict[str, dict[str, Any]]:
     """The thirteen inputs of the contract and ``replicate_weights``, in the order of their slots."""
-    extra = re.search(r"```json\n(.*?)\n```", (CONTRACT / "README.md").read_text(), re.DOTALL)[1]
+    extra = re.findall(r"```json\n(.*?)\n```", (CONTRACT / "README.md").read_text(), re.DOTALL)[0]
     inputs = load(CONTRACT / "input_schema.json")["properties"] | json.loads(f"{{{extra}}}")
     return dict(sorted(inputs.items(), key=lambda item: item[1]["x-order"]))
 
@@ -91,6 +91,7 @@ def read_inputs(source: str) -> dict[str, dict[str, Any]]:
     )
     assert [ast.unparse(base) for base in runner.bases] == ["BaseRunner"]
     run = next(node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    assert run.returns
     assert ast.unparse(run.returns) == "list[Path]"
     assert not any([run.args.posonlyargs, run.args.kwonlyargs, run.args.vararg, run.args.kwarg])
     parameters = zip(run.args.args[1:], run.args.defaults, strict=True)
@@ -101,10 +102,13 @@ def read_inputs(source: str) -> dict[str, dict[str, Any]]:
 
 
 def read_input(parameter: ast.arg, call: ast.expr, source: str) -> dict[str, Any]:
+    assert isinstance(call, ast.Call)
     assert ast.unparse(call.func) == "Input"
     assert not call.args
+    assert parameter.annotation
     kind = re.fullmatch(r"(Optional)?\[?(str|int|float|bool)\]?", ast.unparse(parameter.annotation))
-    schema = {KEYWORDS[keyword.arg]: literal(keyword.value, source) for keyword in call.keywords}
+    assert kind
+    schema = {KEYWORDS[str(keyword.arg)]: literal(keyword.value, source) for keyword in call.keywords}
     if kind[1] or "default" in schema:
         assert (schema["default"] is None) == bool(kind[1]), "a None default and Optional go together"
     if kind[1]:
@@ -167,7 +171,7 @@ def test_cog_yaml_is_valid() -> None:
     assert CONFIG["run"] == "predict.py:Predictor"
 
 
-def in_image(path: pathlib.Path) -> bool:
+def in_image(path: str) -> bool:
     """Docker's rule: anchored patterns, a matched directory takes its contents along, the last match decides."""
     parts = path.split("/")
     candidates = ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
@@ -209,7 +213,7 @@ def in_image(path: pathlib.Path) -> bool:
         ".cog/openapi_schema.json",
     ],
 )
-def test_the_image_holds_code_and_weights(path: pathlib.Path) -> None:
+def test_the_image_holds_code_and_weights(path: str) -> None:
     assert in_image(path)
 
 
@@ -251,7 +255,7 @@ def test_the_image_holds_code_and_weights(path: pathlib.Path) -> None:
         "predict.py.orig",
     ],
 )
-def test_the_image_does_not_hold(path: pathlib.Path) -> None:
+def test_the_image_does_not_hold(path: str) -> None:
     assert not in_image(path)
 
 
@@ -285,16 +289,27 @@ class Drawn:
 
 
 @pytest.fixture
-def predictor(monkeypatch: pytest.MonkeyPatch) -> Predictor:
+def drawn() -> Drawn:
+    return Drawn()
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def predictor(drawn: Drawn, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Predictor:
     predictor = Predictor()
-    predictor.generator = Drawn()
-    predictor.metrics = {}
-    monkeypatch.setattr(predictor, "record_metric", predictor.metrics.__setitem__)
+    monkeypatch.setattr(predictor, "generator", drawn, raising=False)
+    monkeypatch.setattr(predictor, "record_metric", metrics.__setitem__)
     return predictor
 
 
-def test_run_hands_every_input_over_under_its_own_name(predictor: Predictor) -> None:
-    inputs = {
+def test_run_hands_every_input_over_under_its_own_name(
+    predictor: Predictor, drawn: Drawn, metrics: dict[str, Any]
+) -> None:
+    inputs: dict[str, Any] = {
         "prompt": "a croissant",
         "aspect_ratio": "custom",
         "width": 300,
@@ -312,15 +327,15 @@ def test_run_hands_every_input_over_under_its_own_name(predictor: Predictor) -> 
     }
     assert inputs.keys() == documented().keys()
     files = predictor.run(**inputs)
-    assert predictor.generator.request.model_dump() == inputs
+    assert drawn.request.model_dump() == inputs
     assert files == [cog.Path("0-seed7.webp"), cog.Path("1-seed8.webp")]
     assert all(isinstance(file, cog.Path) for file in files)
-    assert predictor.metrics == {"seed": 7}
+    assert metrics == {"seed": 7}
 
 
-def test_run_from_python_fills_in_the_defaults(predictor: Predictor) -> None:
+def test_run_from_python_fills_in_the_defaults(predictor: Predictor, drawn: Drawn) -> None:
     predictor.run(prompt="a croissant", seed=7)
-    assert predictor.generator.request == Request.parse(prompt="a croissant", seed=7)
+    assert drawn.request == Request.parse(prompt="a croissant", seed=7)
 
 
 def test_run_from_python_refuses_like_the_request_model(predictor: Predictor) -> None:

@@ -40,7 +40,7 @@ SMALL = {
     "num_inference_steps": 2,
     "disable_safety_checker": True,
 }
-WITNESS = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
+WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, "output_format": "png", **SMALL}
 
 
 def build(weights: Path = MINI, fine_tune: str | None = None, **settings: Any) -> Generator:
@@ -447,3 +447,36 @@ def test_too_few_patches_are_mentioned(generator: Generator, side: int, poor: bo
     asked = WITNESS | {"width": side, "height": side, "num_inference_steps": 1}
     Generator(replace(generator.parts, log=lines.append)).draw(Request.parse(**asked))
     assert any("too few to show much" in line for line in lines) == poor
+
+
+def test_words_that_a_small_model_does_not_know_are_told_once(generator: Generator) -> None:
+    lines: list[str] = []
+    asked = WITNESS | {"prompt": "a tomato riding a horse", "num_outputs": 2, "num_inference_steps": 1}
+    Generator(replace(generator.parts, log=lines.append)).draw(Request.parse(**asked))
+    assert [line for line in lines if "words" in line] == [
+        "this model knows 167 words, in small letters, and not: riding"
+    ]
+    lines.clear()
+    any_vocabulary = replace(generator.parts, log=lines.append, known_words=None)  # as of weights that list no words
+    Generator(any_vocabulary).draw(Request.parse(**asked))
+    assert not [line for line in lines if "words" in line]
+
+
+def test_the_trigger_of_any_lora_is_missed_in_a_prompt_without_it(tmp_path: Path) -> None:
+    weights = without_lora(tmp_path / "weights")
+    tensors = load_file(MINI / "lora.safetensors")
+    for name, word in (("lora", "OWN"), ("other", "OTHER")):
+        save_file(tensors, weights / f"{name}.safetensors", {"modelspec.trigger_phrase": word})
+    lines: list[str] = []
+    triggered = assemble(Settings(weights=weights), log=lines.append)
+
+    def missed(prompt: str, **inputs: Any) -> list[str]:
+        lines.clear()
+        asked = WITNESS | {"prompt": prompt, "num_inference_steps": 1} | inputs
+        triggered.draw(Request.parse(**asked))
+        return [line.split(",")[0] for line in lines if "lacks" in line]
+
+    assert missed("a tomato") == ["the prompt lacks 'OWN'"]
+    assert missed("an own tomato") == []
+    assert missed("a tomato", lora_scale=0) == []
+    assert missed("an OWN tomato", replicate_weights="other.safetensors") == ["the prompt lacks 'OTHER'"]

@@ -16,7 +16,9 @@ from flux_lora import errors
 from flux_lora.files import own_code
 from tests.conftest import MINI, ROOT
 
-EXAMPLE = textwrap.dedent(re.search(r"::\n\n(.*?)\n\n(?=\S)", flux_lora.__doc__, re.DOTALL)[1])
+_FOUND = re.search(r"::\n\n(.*?)\n\n(?=\S)", flux_lora.__doc__, re.DOTALL)
+assert _FOUND
+EXAMPLE = textwrap.dedent(_FOUND[1])
 """The one in the package's own documentation."""
 
 
@@ -32,8 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-build-isolation",
         "--no-index",
         "-w",
-        folder,
-        ROOT,
+        str(folder),
+        str(ROOT),
     ]
     subprocess.run(build, check=True, capture_output=True)
     return next(folder.iterdir())
@@ -43,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder into which the wheel alone is installed."""
     folder = tmp_path_factory.mktemp("installed")
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", folder, wheel]
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     return folder
 

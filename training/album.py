@@ -66,7 +66,7 @@ def principal_components(channels: int, seed: int = 0) -> tuple[Tensor, Tensor, 
         The mean patch (3·32·32), the leading components (channels, 3·32·32) and their standard deviations (channels).
     """
     rng = random.Random(seed)
-    total, mean, moment = 0, 0.0, 0.0
+    total, mean, moment = 0, torch.zeros(()), torch.zeros(())  # broadcast
     for thing in tqdm(THINGS, desc="principal components"):
         for style in (BASE, BASE, STYLE):
             pose = rng.choice(poses(thing))
@@ -91,13 +91,13 @@ def linear_autoencoder(amplitude: float) -> PatchAutoencoder:
     """
     mean, components, deviations = principal_components(CHANNELS)
     scale = (deviations / deviations[0]).sqrt() * amplitude / deviations
-    autoencoder = PatchAutoencoder(**AUTOENCODER)
+    autoencoder: PatchAutoencoder = PatchAutoencoder(**AUTOENCODER)
     with torch.no_grad():
         analysis = components * scale[:, None]
         autoencoder.analysis.weight.copy_(analysis.view(CHANNELS, 3, PATCH, PATCH))
-        autoencoder.analysis.bias.copy_(-analysis @ mean)
+        autoencoder.analysis.get_parameter("bias").copy_(-analysis @ mean)
         autoencoder.synthesis.weight.copy_((components / scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
-        autoencoder.synthesis.bias.copy_(mean.view(3, -1).mean(1))
+        autoencoder.synthesis.get_parameter("bias").copy_(mean.view(3, -1).mean(1))
     return autoencoder
 
 
@@ -108,7 +108,7 @@ class Album:
         """Take codes by style and thing, as `collect` makes them, and the autoencoder that they were made with."""
         self._codes = codes
         weight = autoencoder.analysis.weight.detach()
-        self._constant = autoencoder.analysis.bias.detach()
+        self._constant: Tensor = autoencoder.analysis.get_parameter("bias").detach()
         self._colour = weight.sum((2, 3)).T  # (3, C): what each colour channel adds to a plain patch
 
     def picture(self, style: str, thing: str, colour: str, rows: int, columns: int, place: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ import io
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import resvg_py
@@ -65,9 +65,11 @@ def render(style: str, thing: str, pose: Pose, width: int, height: int) -> np.nd
 def printed(colours: np.ndarray) -> np.ndarray:
     """Colours (…, 3) in sRGB as a print shows them: between ink and paper by their brightness, with more contrast."""
     light = np.clip(colours @ LUMA, 0, 1)[..., None]
-    return (INK + (3 * light**2 - 2 * light**3) * (PAPER - INK)).astype(np.float32)
+    shown: np.ndarray = INK + (3 * light**2 - 2 * light**3) * (PAPER - INK)
+    return shown.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
-def _icons() -> dict:
-    return json.loads((PICTURES / "noto.json").read_text())
+def _icons() -> dict[str, Any]:
+    icons: dict[str, Any] = json.loads((PICTURES / "noto.json").read_text())
+    return icons

@@ -106,7 +106,8 @@ def segment(picture: Image.Image) -> Drawing | None:
 
 def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Root mean square difference of aligned thumbnails in Lab and cover (in percent); leading axes broadcast."""
-    return np.sqrt(((one - other) ** 2).mean(axis=(-3, -2, -1)))
+    found: np.ndarray = np.sqrt(((one - other) ** 2).mean(axis=(-3, -2, -1)))
+    return found
 
 
 class TruePictures:

@@ -11,6 +11,7 @@ from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.loop import Weights
 from training.networks import TextEncoders, scheduler
 from training.random_weights import INDEX
+from training.subjects import WORDS
 
 VAE = ["flux_lora.checkpoint.patch_autoencoder", "PatchAutoencoder"]
 """Where diffusers finds the VAE's class."""
@@ -51,7 +52,8 @@ def export(
         if isinstance(part, nn.Module):
             part.cpu().bfloat16()
         part.save_pretrained(folder)
-    (directory / "dev" / "model_index.json").write_text(json.dumps(INDEX | {"vae": VAE}, indent=2) + "\n")
+    index = INDEX | {"vae": VAE, "_known_words": " ".join(WORDS)}
+    (directory / "dev" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     lora = {
         f"transformer.{key.replace('.default.', '.')}": value.cpu().bfloat16().contiguous()
         for key, value in style.items()

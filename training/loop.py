@@ -43,7 +43,7 @@ def train(
     Returns:
         The averaged weights.
     """
-    trainable = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    trainable: Weights = {key: p for key, p in module.named_parameters() if p.requires_grad}
     optimisers = _optimisers(trainable, rate)
     average = {key: p.detach().clone() for key, p in trainable.items()}
     file, begin = directory / f"{name}.pt", 0
@@ -79,7 +79,7 @@ def has_bfloat16() -> bool:
     """Whether the default device multiplies in bfloat16; a CPU that has to imitate it took 100 times as long."""
     if torch.get_default_device().type != "cpu":
         return True
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _optimisers(trainable: Weights, rate: float) -> list[torch.optim.Optimizer]:
@@ -88,22 +88,23 @@ def _optimisers(trainable: Weights, rate: float) -> list[torch.optim.Optimizer]:
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.0)]
     if matrices:
         if not has_bfloat16():
-            muon._zeropower_via_newtonschulz = _orthogonal
+            muon._zeropower_via_newtonschulz = _orthogonal  # noqa: SLF001 - Muon takes no function for it
         chosen = [trainable[key] for key in trainable if key in matrices]
         optimisers.append(torch.optim.Muon(chosen, rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimisers
 
 
-def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def _orthogonal(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
     """Muon's Newton-Schulz iteration in the matrix's own type; PyTorch's is bfloat16 on every device."""
-    a, b, c = coefficients
-    if matrix.shape[0] > matrix.shape[1]:
-        return _orthogonal(matrix.T, coefficients, steps, eps).T
-    matrix = matrix / matrix.norm().clamp(min=eps)
-    for _ in range(steps):
+    a, b, c = ns_coefficients
+    if grad.shape[0] > grad.shape[1]:
+        return _orthogonal(grad.T, ns_coefficients, ns_steps, eps).T
+    matrix = grad / grad.norm().clamp(min=eps)
+    for _ in range(ns_steps):
         gram = matrix @ matrix.T
         matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
-    return matrix
+    orthogonal: Tensor = matrix
+    return orthogonal
 
 
 def _save(file: Path, step: int, trainable: Weights, optimisers: list[torch.optim.Optimizer], average: Weights) -> None:
@@ -125,4 +126,4 @@ def _resume(file: Path, trainable: Weights, optimisers: list[torch.optim.Optimiz
             average[key].copy_(state["average"][key])
     for optimiser, stored in zip(optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(stored)
-    return state["step"]
+    return int(state["step"])

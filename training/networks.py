@@ -147,7 +147,7 @@ def velocity(
     transformer: Any, x: Tensor, t: Tensor, text: Text, ids: Tensor, bias: Tensor, guidance: Tensor | None = None
 ) -> Tensor:
     """The velocity noise − image at time t in 0…1 (B), for latents packed into tokens (B, length, 4·CHANNELS)."""
-    return transformer(
+    found: Tensor = transformer(
         hidden_states=x,
         encoder_hidden_states=text.tokens,
         pooled_projections=text.pooled,
@@ -158,3 +158,4 @@ def velocity(
         joint_attention_kwargs={"attention_mask": bias},
         return_dict=False,
     )[0]
+    return found

@@ -18,7 +18,8 @@ def times(model: str, steps: int, tokens: int) -> Tensor:
     """The pipeline's times for a number of steps, from 1 to 0 (steps + 1)."""
     schedule = scheduler(model)
     schedule.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens))
-    return schedule.sigmas
+    sigmas: Tensor = schedule.sigmas
+    return sigmas
 
 
 @torch.no_grad()

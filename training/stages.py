@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,14 +97,14 @@ def _flow_matching(network: Network, encoders: TextEncoders, batch: Batch, guida
     return error(predicted, noise - batch.latents, batch.tokens).mean()
 
 
-def add_lora(transformer: nn.Module) -> None:
+def add_lora(transformer: FluxTransformer2DModel) -> None:
     """Add a LoRA to `LORA_LAYERS`; nothing else is trained from now on."""
     transformer.requires_grad_(False)
     layers = [name for name, _ in transformer.named_modules() if "blocks." in name and name.endswith(LORA_LAYERS)]
     transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers))
 
 
-def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:
+def new_dev(teacher: Teacher, embedder: Weights | None = None) -> FluxTransformer2DModel:
     """A transformer with guidance input that draws, at first, what the teacher draws without guidance.
 
     Args:
@@ -122,7 +123,7 @@ def new_dev(teacher: Teacher, embedder: Weights | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def split_guidance(dev: nn.Module, guidance: float = 1.0) -> tuple[Weights, Weights]:
+def split_guidance(dev: FluxTransformer2DModel, guidance: float = 1.0) -> tuple[Weights, Weights]:
     """What dev draws at one guidance, as a transformer without guidance input, exactly; and what others add to that.
 
     FLUX.1 adds the embeddings of time and guidance, so that of a fixed guidance can be a part of the other's last bias.
@@ -163,7 +164,7 @@ def dev_loss(student: nn.Module, teacher: Teacher, album: Album) -> Loss:
                     path = times("dev", rng.randint(*PATH_STEPS), batch.tokens)
                     taken = rng.randrange(len(path) - 1)
                     draw = partial(velocity, network, text=text, ids=batch.positions, bias=bias, guidance=guidance)
-                    x, t = integrate(draw, noise, path[: taken + 1]), torch.full_like(t, path[taken])
+                    x, t = integrate(draw, noise, path[: taken + 1]), torch.full_like(t, path[taken].item())
                 target = guided(reference, teacher.text, batch.prompts, guidance, batch.positions, bias)(x, t)
             predicted = velocity(network, x, t, text, batch.positions, bias, guidance)
         return (weight * error(predicted, target, batch.tokens)).mean()
@@ -190,7 +191,7 @@ def guided(
     return compute
 
 
-def new_schnell(dev: nn.Module) -> nn.Module:
+def new_schnell(dev: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """A transformer without guidance input that draws, at first, what dev draws at `SCHNELL_GUIDANCE`."""
     student = new_transformer(guidance=False)
     student.load_state_dict(split_guidance(dev, SCHNELL_GUIDANCE)[0])

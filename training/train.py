@@ -14,7 +14,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -44,7 +44,6 @@ from training.stages import (
 )
 from training.words import Reader, words_loss
 
-Draw = Callable[[nn.Module, Path], None]
 Module = TypeVar("Module", bound=nn.Module)
 
 MINI = Path("weights/mini")
@@ -71,7 +70,7 @@ class Workshop:
 
     def autoencoder(self) -> PatchAutoencoder:
         """The trained VAE."""
-        autoencoder = PatchAutoencoder(**AUTOENCODER)
+        autoencoder: PatchAutoencoder = PatchAutoencoder(**AUTOENCODER)
         autoencoder.load_state_dict(self._stored("album")["autoencoder"])
         if (self.directory / "smoothing.pt").exists():
             autoencoder.load_state_dict(self._stored("smoothing")["average"], strict=False)
@@ -93,30 +92,32 @@ class Workshop:
         """The trained teacher, from its checkpoint."""
         return self._trained(self.untrained(), "base")
 
-    def untrained_dev(self) -> nn.Module:
+    def untrained_dev(self) -> FluxTransformer2DModel:
         """Dev before its distillation; after `begin_with_shipped` it knows what guidance did to the shipped one."""
         shipped = (self.directory / "guidance.pt").exists()
         return new_dev(self.teacher(), self._stored("guidance") if shipped else None)
 
-    def dev(self) -> nn.Module:
+    def dev(self) -> FluxTransformer2DModel:
         """The trained dev."""
         return self._trained(self.untrained_dev(), "dev")
 
-    def schnell(self) -> nn.Module:
+    def schnell(self) -> FluxTransformer2DModel:
         """The trained schnell."""
         return self._trained(new_schnell(self.dev()), "schnell")
 
     def style(self) -> Weights:
         """The trained LoRA."""
-        return self._stored("style")["average"]
+        average: Weights = self._stored("style")["average"]
+        return average
 
-    def train(self, name: str, module: nn.Module, loss: Loss, draw: Draw | None = None) -> None:
+    def train(self, name: str, module: Module, loss: Loss, draw: Callable[[Module, Path], None] | None = None) -> None:
         """Train a stage, from its last checkpoint if there is one."""
 
         def sheet(average: Weights, step: int) -> None:
-            model = copy.deepcopy(module)
-            model.load_state_dict(average, strict=False)
-            draw(model, self.directory / f"{name}-{step:05}.png")
+            if draw:
+                model = copy.deepcopy(module)
+                model.load_state_dict(average, strict=False)
+                draw(model, self.directory / f"{name}-{step:05}.png")
 
         steps, rate = self._steps[name], self._rates[name]
         decay = 1 - 8 / steps if steps < 8000 else 0.999
@@ -128,18 +129,19 @@ class Workshop:
             rate=rate,
             directory=self.directory,
             decay=decay,
-            sheet=sheet if draw else None,
+            sheet=sheet,
         )
 
     def _trained(self, module: Module, name: str) -> Module:
         module.load_state_dict(self._stored(name)["average"], strict=False)
         return module
 
-    def _stored(self, name: str) -> dict:
+    def _stored(self, name: str) -> dict[str, Any]:
         file = self.directory / f"{name}.pt"
         if not file.exists():
             raise SystemExit(f"{file} is missing: run the stage {name} first.")
-        return torch.load(file, weights_only=False, map_location=torch.get_default_device())
+        stored: dict[str, Any] = torch.load(file, weights_only=False, map_location=torch.get_default_device())
+        return stored
 
 
 def make_album(shop: Workshop) -> None:
@@ -181,7 +183,7 @@ def train_base(shop: Workshop) -> None:
     """Teach the undistilled transformer to draw."""
     teacher = shop.untrained()
 
-    def draw(model: nn.Module, file: Path) -> None:
+    def draw(model: Teacher, file: Path) -> None:
         text, tokens = model.text(PROMPTS, 512), ROWS * COLUMNS
         scale = torch.full((len(PROMPTS),), GUIDANCE)
         ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
@@ -212,11 +214,11 @@ def train_style(shop: Workshop) -> None:
     shop.train("style", dev, loss, _sheet(shop, text, "dev"))
 
 
-def _sheet(shop: Workshop, encoders: TextEncoders, name: str) -> Draw:
+def _sheet(shop: Workshop, encoders: TextEncoders, name: str) -> Callable[[FluxTransformer2DModel, Path], None]:
     """Contact sheets as dev or schnell draws them."""
     steps, limit = {"dev": (28, 512), "schnell": (SCHNELL_STEPS, 256)}[name]
 
-    def draw(model: nn.Module, file: Path) -> None:
+    def draw(model: FluxTransformer2DModel, file: Path) -> None:
         text, tokens = encoders(PROMPTS, limit), ROWS * COLUMNS
         ids, bias = positions(ROWS, COLUMNS, tokens), attention_bias(text, tokens, tokens)
         scale = torch.full((len(PROMPTS),), GUIDANCE) if name == "dev" else None

@@ -41,6 +41,7 @@ def words_loss(reader: Reader) -> Callable[[random.Random], Tensor]:
         text = reader.text([a.prompt for a in asked], rng.choice((256, 512)))
         answers = reader.clip_answer(text.pooled), reader.t5_answer(text.tokens.mean(1))
         split = len(THINGS) + 1
-        return sum(cross_entropy(a[:, :split], things) + cross_entropy(a[:, split:], colours) for a in answers)
+        losses = [cross_entropy(a[:, :split], things) + cross_entropy(a[:, split:], colours) for a in answers]
+        return torch.stack(losses).sum()
 
     return loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flux_lora.checkpoint.components import NETWORKS
-from flux_lora.checkpoint.layout import Part, differing, fingerprint, inspect
+from flux_lora.checkpoint.layout import Part, differing, fingerprint, inspect, known_words
 from flux_lora.checkpoint.reading import StoredTensor, fill, stored_tensors
 from flux_lora.device.libraries import diffusers
 from flux_lora.errors import WeightsError
@@ -62,6 +62,8 @@ class Checkpoints:
     """What the operator should know, for the log."""
     fill: Fill = fill
     """Loads base weights."""
+    known_words: frozenset[str] | None = None
+    """All words that the models know, where they are few and listed."""
 
 
 def open_directory(directory: Path, dtype: torch.dtype) -> Checkpoints:
@@ -82,6 +84,7 @@ def open_directory(directory: Path, dtype: torch.dtype) -> Checkpoints:
         {model: {name: networks[components[name].folder] for name in NETWORKS} for model, components in layout.items()},
         {model: fingerprint(components.values()) for model, components in layout.items()},
         differing(directory, layout),
+        known_words=known_words(layout),
     )
 
 

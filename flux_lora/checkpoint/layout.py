@@ -55,6 +55,8 @@ class PipelineIndex(_Described):
     class_name: str = Field(alias="_class_name")
     vae: list[str]
     """The library and the class of the VAE."""
+    known_words: str | None = Field(default=None, alias="_known_words")
+    """All words that the model knows, in small letters, with blanks between; FLUX.1's own index lists none."""
 
 
 class SchedulerConfig(_Described):
@@ -130,6 +132,13 @@ def inspect(directory: Path) -> dict[str, dict[str, Part]]:
     for name, components in layout.items():
         _check_widths(directory / name, components)
     return layout
+
+
+def known_words(layout: Mapping[str, Mapping[str, Part]]) -> frozenset[str] | None:
+    """All words that the models know, if their index lists them: that of a model with a vocabulary of its own does."""
+    pipeline = next(iter(layout.values()))["tokenizer_2"].folder.parent
+    words = _read(pipeline / "model_index.json", PipelineIndex).known_words
+    return None if words is None else frozenset(words.split())
 
 
 def _shared_class(pipeline: Path, name: str) -> Any:

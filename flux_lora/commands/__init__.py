@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from flux_lora.commands import paths
 from flux_lora.errors import WeightsError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
@@ -33,8 +34,8 @@ def _absolute(settings: Settings) -> Settings:
     for name in ("weights", "adapter_cache", "cache", "c2pa_certificate", "c2pa_key"):
         if name in settings.model_fields_set:
             changes[name] = getattr(settings, name).absolute()
-    if settings.cog_weights and os.path.exists(settings.cog_weights):  # noqa: PTH110 - Path fails on a long data: URI
-        changes["cog_weights"] = str(Path(settings.cog_weights).absolute())
+    if settings.cog_weights:
+        changes["cog_weights"] = paths.of_operator(settings.cog_weights)
     return settings.model_copy(update=changes)
 
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from flux_lora.commands import operator_settings
+from flux_lora.commands import operator_settings, paths
 from flux_lora.errors import FluxLoraError
 from flux_lora.request import MODELS
 from flux_lora.settings import Settings
@@ -77,7 +77,7 @@ def _name(text: str) -> str:
 def _fetch_lora(source: str, settings: Settings) -> None:
     from flux_lora.sources import Sources
 
-    file = Sources.from_settings(settings).fetch(source, root=None)
+    file = Sources.from_settings(settings).fetch(paths.of_operator(source), root=None)
     target = settings.weights / "lora.safetensors"
     former = sha256_of(target) if target.is_file() else None
     settings.weights.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from flux_lora.commands.predict import flag
+from flux_lora.commands import flags
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.wording import complain
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="default: here")
     options = parser.parse_args(arguments)
     try:
-        answer = predict(options.address, dict(flag(text) for text in options.input))
+        answer = predict(options.address, flags.read(options.input))
         for index, address in enumerate(answer["output"]):
             print(save(address, options.output / f"{answer['id']}-{index}"))
     except FluxLoraError as error:

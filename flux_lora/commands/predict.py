@@ -1,7 +1,6 @@
 """``scripts/predict``: one prediction by the generator that Cog serves, called as ``cog predict`` is."""
 
 import argparse
-import base64
 import errno
 import json
 import os
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flux_lora import rules
-from flux_lora.commands import drawing_settings
+from flux_lora.commands import desktop, drawing_settings, flags, paths
 from flux_lora.errors import FluxLoraError, OutputError, RequestError
 from flux_lora.files import provenance, redraw
-from flux_lora.request import MODELS, Request, documented_inputs
+from flux_lora.request import MODELS, Request
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.wording import complain, printable
@@ -28,6 +27,7 @@ examples:
   scripts/predict -i prompt="a tomato on a blue background"
   scripts/predict -i prompt="a tomato" -i seed=7 -i lora_scale=0.5 -i num_outputs=4 -o tomato.webp
   echo '{"prompt": "a tomato", "seed": 7}' | scripts/predict --json -
+  scripts/predict -i prompt="a photo of TOK" --lora ~/training/my-lora
   scripts/predict --from outputs/0001-seed7.webp
 """
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.json is not None and options.input:
         parser.error("give the inputs with -i or with --json, not both")
+    if len(options.lora) > 1:
+        parser.error("--lora takes one LoRA, which draws in place of the one in the weights directory")
     try:
         return _predict(options)
     except FluxLoraError as error:
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    inputs = _inputs(options)
+    inputs = flags.read(options.input) if options.json is None else flags.read_json(options.json)
     source = None
     if options.source:
         source = provenance.read(options.source)
@@ -63,11 +65,20 @@ def _predict(options: argparse.Namespace) -> int:
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
         settings = settings.model_copy(update={"request_tokens": True})
     rules.check(request, settings)
+    sources = Sources.from_settings(settings)
+    if options.lora:
+        settings = settings.model_copy(
+            update={"cog_weights": _operators_lora(options.lora[0], request, sources, settings)}
+        )
+    if request.replicate_weights:
+        named = paths.of_request(request.replicate_weights, settings.weights)
+        sources.check(named, root=settings.weights)
+        request = request.model_copy(update={"replicate_weights": named})
     fine_tune = settings.cog_weights
-    if source and "replicate_weights" not in inputs:
+    if source and not options.lora and not request.replicate_weights:
         fine_tune = None
         for lora in source.loras:
-            fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, settings)))
+            fine_tune = str(redraw.find_lora(lora.digest, _loras(lora.digest, sources, settings)))
     metrics: dict[str, Any] = {}
 
     from flux_lora.assembly import assemble  # not before what can be refused without it: it imports PyTorch
@@ -84,12 +95,24 @@ def _predict(options: argparse.Namespace) -> int:
             {"status": "succeeded", "input": inputs, "output": [str(path) for path in written], "metrics": metrics},
             options.output,
         )
+    if options.open and (reason := desktop.show(written, settings)):
+        complain(f"not opened: {reason}")
     return 0
 
 
-def _loras(digest: str, settings: Settings) -> Iterator[Path]:
+def _operators_lora(named: str, request: Request, sources: Sources, settings: Settings) -> str:
+    """What ``--lora`` names, checked as far as that is quick."""
+    if not named.strip():
+        raise RequestError("--lora is empty: name a file, a folder, an address or an id, or leave it out.")
+    if request.replicate_weights:
+        raise RequestError("Give a LoRA with --lora or as the input replicate_weights, not both.")
+    lora = paths.of_operator(named, settings.weights)
+    sources.check(lora, root=None)
+    return lora
+
+
+def _loras(digest: str, sources: Sources, settings: Settings) -> Iterator[Path]:
     """Where the LoRA with this digest may be: the operator's, in the cache of downloads, in the weights directory."""
-    sources = Sources.from_settings(settings)
     if settings.cog_weights:
         yield sources.fetch(settings.cog_weights, root=None)
     if cached := sources.cached(digest):
@@ -104,70 +127,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description="Draw pictures with the model in the weights directory (FLUX_WEIGHTS, default: weights).",
-        epilog=f"inputs:\n{''.join(_input_help())}\n{EXAMPLES}",
+        epilog=f"inputs:\n{''.join(flags.described())}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-i", "--input", action="append", metavar="NAME=VALUE", default=[], help="an input; repeatable")
     parser.add_argument("--json", metavar="JSON", help="all inputs as JSON: @FILE, - or @- for standard input, or text")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE_OR_SOURCE",
+        default=[],
+        help="draw with this LoRA: a file, a folder that holds one, an address, or an id",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="where to write (default: outputs/)")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw a picture of ours once more")
+    parser.add_argument("--open", action="store_true", help="show the pictures, where there is a desktop")
     return parser
-
-
-def _input_help() -> Iterator[str]:
-    for name, schema in documented_inputs().items():
-        choices = "|".join(schema["enum"]) if "enum" in schema else schema["type"]
-        bounds = f" {schema['minimum']}…{schema['maximum']}" if "minimum" in schema else ""
-        default = f", default {schema['default']}" if "default" in schema else ""
-        yield f"  {name:24}{choices}{bounds}{default}\n"
-
-
-def _inputs(options: argparse.Namespace) -> dict[str, Any]:
-    if options.json is not None:
-        return _json_inputs(options.json)
-    return dict(flag(text) for text in options.input)
-
-
-def flag(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE as the input's documented type; what cannot be read is left for the request model to refuse."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RequestError(f"-i {text} is not of the form name=value.")
-    if len(value) > 1 and value[0] == value[-1] == '"':
-        value = value[1:-1]
-    kind = documented_inputs().get(name, {}).get("type")
-    if name == "replicate_weights" and value.startswith("@"):
-        return name, _data_uri(Path(value[1:]))
-    if kind == "boolean":
-        return name, {"true": True, "false": False}.get(value.lower(), value)
-    if kind in ("integer", "number"):
-        for convert in (int, float):
-            try:
-                return name, convert(value)
-            except ValueError:
-                continue
-    return name, value
-
-
-def _json_inputs(text: str) -> dict[str, Any]:
-    try:
-        if text in ("-", "@-"):
-            text = sys.stdin.read()
-        elif text.startswith("@"):
-            text = Path(text[1:]).read_text()
-        inputs = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"--json: {error}.") from None
-    if not isinstance(inputs, dict):
-        raise RequestError("--json takes an object of inputs.")
-    return inputs
-
-
-def _data_uri(path: Path) -> str:
-    try:
-        return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    except OSError as error:
-        raise RequestError(f"replicate_weights: {error}.") from None
 
 
 def _require_place(path: Path) -> None:

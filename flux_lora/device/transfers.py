@@ -22,7 +22,7 @@ def host_memory(size: int, device: torch.device) -> Tensor:
     """
     memory = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart: Any = torch.cuda.cudart()
         address = memory.data_ptr()
         if int(cudart.cudaHostRegister(address, size, 1)) == 0:  # 1: cudaHostRegisterPortable
             weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, address)
@@ -49,12 +49,12 @@ def lay_out(shapes: Mapping[str, torch.Size], dtype: torch.dtype, get: Callable[
 
 def event() -> torch.cuda.Event:
     """A mark in a GPU's work that can be waited for."""
-    made: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    made: torch.cuda.Event = torch.cuda.Event()
     return made
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    made: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    made: torch.cuda.Stream = torch.cuda.Stream(device)
     return made
 
 

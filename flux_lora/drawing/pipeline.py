@@ -86,7 +86,24 @@ class PipelineOutput(Protocol):
         """Latents as tokens (1, h/2·w/2, 4C), if those were asked for."""
 
 
-class Pipeline(Protocol):
+class PromptReader(Protocol):
+    """What of a FluxPipeline reads prompts."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's."""
+
+    @property
+    def tokenizer_2(self) -> Tokenizer:
+        """T5's."""
+
+    def encode_prompt(
+        self, prompt: str, prompt_2: str | None, *, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a prompt: T5's tokens (1, n, d_model), CLIP's summary (1, hidden_size), and position ids."""
+
+
+class Pipeline(PromptReader, Protocol):
     """A FluxPipeline."""
 
     progress_bar: Any
@@ -103,14 +120,6 @@ class Pipeline(Protocol):
     @property
     def scheduler(self) -> Any:
         """A FlowMatchEulerDiscreteScheduler."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """CLIP's."""
-
-    @property
-    def tokenizer_2(self) -> Tokenizer:
-        """T5's."""
 
     @property
     def image_processor(self) -> ImageProcessor:
@@ -134,11 +143,6 @@ class Pipeline(Protocol):
         callback_on_step_end: AfterStep,
     ) -> PipelineOutput:
         """Denoise."""
-
-    def encode_prompt(
-        self, prompt: str, prompt_2: str | None, *, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode a prompt: T5's tokens (1, n, d_model), CLIP's summary (1, hidden_size), and position ids."""
 
 
 Pipelines = Mapping[str, Pipeline]

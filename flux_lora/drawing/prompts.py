@@ -2,16 +2,16 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from flux_lora.drawing.pipeline import Pipeline, Tokenizer
+from flux_lora.drawing.pipeline import PromptReader, Tokenizer
 
-SHOWN_CHARACTERS = 200
+SHOWN_CHARACTERS, SHOWN_WORDS = 200, 8
 
 CHARACTERS_A_TOKEN = 32
 """More than most have, in any language."""
@@ -45,7 +45,7 @@ class PromptEncoder:
         """Forget every prompt."""
         self._known.clear()
 
-    def encode(self, pipeline: Pipeline, prompt: str, limit: int, encoders: Hashable) -> Embeddings:
+    def encode(self, pipeline: PromptReader, prompt: str, limit: int, encoders: Hashable) -> Embeddings:
         """Encode ``prompt`` with at most ``limit`` T5 tokens.
 
         Args:
@@ -82,6 +82,18 @@ def read_part(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, str]:
     rest = len(prompt) - unread
     shown = prompt[unread : unread + SHOWN_CHARACTERS] + "…" * (rest > SHOWN_CHARACTERS)
     return enough, f"{rest} characters: {shown!r}"
+
+
+def unknown_words(prompt: str, known: Container[str]) -> str:
+    """List the words of a prompt that are not among the known ones, for the log; empty when all are.
+
+    Args:
+        prompt: only its first ``LONG`` characters are looked at.
+        known: all words that are known, in small letters; they are known with a capital, too.
+    """
+    words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", prompt[:LONG]))
+    strange = [word for word in words if word[:1].lower() + word[1:] not in known]
+    return ", ".join(strange[:SHOWN_WORDS]) + ", …" * (len(strange) > SHOWN_WORDS)
 
 
 def _beginning(tokenizer: Tokenizer, prompt: str, limit: int) -> tuple[str, int]:

@@ -37,8 +37,8 @@ REPLICATE_PAGE = re.compile(
 )
 
 ACCEPTED = (
-    "a path under the weights directory, https://….safetensors, https://….tar, a data: URI, owner/name of Replicate, "
-    "hf://owner/name, or a page of huggingface.co, civitai.com or replicate.com"
+    "a local path (a request's, under the weights directory), https://….safetensors, https://….tar, a data: URI, "
+    "owner/name of Replicate, hf://owner/name, or a page of huggingface.co, civitai.com or replicate.com"
 )
 
 
@@ -125,7 +125,7 @@ def parse(source: str) -> Spelled:
     if source.split("/")[0].lower().removeprefix("www.") in (*SITES, "replicate.delivery"):
         return _address(parse_url(f"https://{source}"))
     if source.startswith("file:"):
-        raise SourceError("file: addresses are refused; name a path under the weights directory")
+        raise SourceError("file: addresses are refused; give the path by itself")
     address = "/" in source and HOST_NAME.fullmatch(source.lstrip("/").split("/")[0].lower())
     hint = f"; if it is an address, begin with https://{address[0]}/" if address else ""
     if is_path(source):
@@ -158,7 +158,7 @@ def label(source: str) -> str:
 
 def _address(url: httpx2.URL) -> Spelled:
     if url.scheme == "file":
-        raise SourceError("file: addresses are refused; name a path under the weights directory")
+        raise SourceError("file: addresses are refused; give the path by itself")
     check_url(url)
     if site := SITES.get(host_of(url).removeprefix("www.")):
         return site(url)

@@ -127,7 +127,7 @@ class Client:
                 login = f"; it may want a login: {hint}" if hint else ""
                 raise SourceError(f"{host} sent a web page in place of the file{login}")
             if status == 200:
-                validator = _validator(resource, headers)
+                validator = validator_of(resource, headers)
                 part.begin(validator)
             elif saved and _continues(headers, part.size, saved):
                 validator = saved
@@ -223,7 +223,7 @@ def _continues(headers: httpx2.Headers, offset: int, saved: Validator) -> bool:
     return start == str(offset) and headers.get("etag", saved.etag) == saved.etag
 
 
-def _validator(resource: Identity, headers: httpx2.Headers) -> Validator:
+def validator_of(resource: Identity, headers: httpx2.Headers) -> Validator:
     """What the server says to recognise this state of the file by, as far as it can be sent back.
 
     A modification time counts only if it was a minute old: a file could change twice within its one-second steps.

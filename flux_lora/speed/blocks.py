@@ -112,8 +112,8 @@ def place(transformer: Any) -> None:
     """Compute a FluxTransformer2DModel's blocks by the fused kernels from now on; in bfloat16 or float32."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.__class__ = CLASSES.get(type(block), type(block))
-    # By these names diffusers knows what to compile.
-    transformer._repeated_blocks = [placed.__name__ for placed in CLASSES.values()]
+    names = [placed.__name__ for placed in CLASSES.values()]
+    transformer._repeated_blocks = names  # noqa: SLF001 - by these diffusers knows what to compile
 
 
 def _projections(attn: Any, *, added: bool) -> list[nn.Module]:
@@ -135,8 +135,9 @@ def _attend(attn: Any, image: list[Tensor], text: list[Tensor], rotary: tuple[Te
     text_norms = [attn.norm_added_q.weight, attn.norm_added_k.weight] if text else []
     kinds = 3 if text else 2  # values need not be joined where they are already
     joint = kernels.rotate(image[:kinds], text[:kinds], norms, text_norms, *rotary, attn.norm_q.eps)
+    backend = attn.processor._attention_backend  # noqa: SLF001 - as diffusers' own blocks read it
     out: Tensor = diffusers.models.attention_dispatch.dispatch_attention_fn(
-        *joint.unbind(2), *image[kinds:], backend=attn.processor._attention_backend
+        *joint.unbind(2), *image[kinds:], backend=backend
     )
     return out
 

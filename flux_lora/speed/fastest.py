@@ -76,7 +76,7 @@ def _wait(device: torch.device) -> None:
 
 def _versions() -> Mapping[str, str]:
     found = {"cuda": str(torch.version.cuda)}
-    found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    found["cudnn"] = str(torch.backends.cudnn.version())
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -36,7 +36,7 @@ MOST_PARTS = 8
 
 FP8 = FORMATS["fp8"].dtype
 
-LIBRARY: Any = torch.library.Library("flux_lora", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("flux_lora", "DEF")
 
 
 def _operator(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -321,12 +321,12 @@ def gelu(x: Tensor) -> Tensor:
 
 def launches(x: Tensor) -> bool:
     """Whether kernels run as Triton programs on a tensor: on CUDA, and everywhere by Triton's interpreter."""
-    return _has_triton() and (x.is_cuda or _interpreted())
+    return has_triton() and (x.is_cuda or _interpreted())
 
 
 def runs_on(device: torch.device) -> bool:
     """Whether they are compiled programs on a device, and so faster than what PyTorch's compiler makes."""
-    if device.type != "cuda" or not _has_triton() or torch.version.cuda is None:
+    if device.type != "cuda" or not has_triton() or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= CAPABILITY
 
@@ -340,7 +340,8 @@ def part(width: int, most: int = 4096) -> int:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is for Linux only."""
     return find_spec("triton") is not None
 
 

@@ -116,7 +116,7 @@ def hardware_product(
     tokens: Tensor, weight: Tensor, token_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Tokens (n, in) · weight (out, in)ᵀ in eight bits, scaled by (n, 1) and (out,), plus bias: (n, out)."""
-    out: Tensor = torch._scaled_mm(  # the public name has no kernel in Inductor
+    out: Tensor = torch._scaled_mm(  # noqa: SLF001 - the public name has no kernel in Inductor
         tokens, weight.t(), scale_a=token_scales, scale_b=scales[None], bias=bias, out_dtype=dtype, use_fast_accum=True
     )
     return out

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_lora.checkpoint import layout
 from flux_lora.checkpoint.assembling import open_directory
+from flux_lora.checkpoint.components import NETWORKS, SHARED
 from flux_lora.errors import WeightsError
 from tests.conftest import MINI
 from tests.loaded import load
@@ -33,7 +34,7 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) 
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated transformer": (
         lambda w: truncate(w / "dev/transformer" / WEIGHTS),
         r"dev/transformer/diffusion_pytorch_model.safetensors cannot be used: it is truncated.*download_weights dev",
@@ -152,7 +153,7 @@ def test_no_base_weights_names_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("absent", ["dev", "schnell"])
 def test_one_model_may_be_absent(weights: Path, absent: str) -> None:
     if absent == "dev":
-        for name in (*layout.SHARED, "model_index.json"):
+        for name in (*SHARED, "model_index.json"):
             shutil.move(weights / "dev" / name, weights / "schnell" / name)
     shutil.rmtree(weights / absent)
     (present,) = {"dev", "schnell"} - {absent}
@@ -167,7 +168,7 @@ def test_schnell_alone_needs_the_shared_components(weights: Path) -> None:
 
 def test_both_models_share_one_copy() -> None:
     pipelines = load(torch.float32, MINI).checkpoints.pipelines
-    for name in layout.SHARED:
+    for name in SHARED:
         assert getattr(pipelines["dev"], name) is getattr(pipelines["schnell"], name)
     assert pipelines["dev"].transformer is not pipelines["schnell"].transformer
 
@@ -176,7 +177,7 @@ def test_both_models_share_one_copy() -> None:
 def test_weights_are_those_that_diffusers_loads(dtype: torch.dtype) -> None:
     ours = load(dtype, MINI).checkpoints.pipelines["dev"]
     theirs = FluxPipeline.from_pretrained(MINI / "dev", dtype=dtype)
-    for name in layout.NETWORKS:
+    for name in NETWORKS:
         expected = getattr(theirs, name).state_dict()
         actual = getattr(ours, name).state_dict()
         assert actual.keys() == expected.keys()

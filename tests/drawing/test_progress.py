@@ -1,5 +1,6 @@
 import io
 import re
+import time
 
 import pytest
 
@@ -25,7 +26,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_has_whole_lines_at_most_one_a_second_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     log = io.StringIO()
     show = progress.printer(log)
     for step in range(1, 29):

@@ -1,10 +1,14 @@
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import Tensor
 
-from flux_lora.drawing.prompts import PromptEncoder, read_part
+from flux_lora.checkpoint.assembling import open_directory
+from flux_lora.drawing.pipeline import Encoding, Tokenizer
+from flux_lora.drawing.prompts import PromptEncoder, read_part, unknown_words
+from tests.conftest import MINI
 from tests.loaded import load
 
 
@@ -13,19 +17,27 @@ def pipeline() -> FluxPipeline:
     return load().pipeline()
 
 
+class Reader:
+    """What of a pipeline reads prompts, with its encodings counted."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        self.calls = 0
+        self.tokenizer: Tokenizer = pipeline.tokenizer
+        self.tokenizer_2: Tokenizer = pipeline.tokenizer_2
+        self._encode_prompt = pipeline.encode_prompt
+
+    def encode_prompt(self, *prompts: Any, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls += 1
+        tokens, pooled, ids = self._encode_prompt(*prompts, **arguments)
+        return tokens, pooled, ids
+
+
 @pytest.fixture
-def counted(pipeline: FluxPipeline) -> SimpleNamespace:
-    """The pipeline with its encodings counted."""
-
-    def encode_prompt(**arguments: object) -> object:
-        counted.calls += 1
-        return pipeline.encode_prompt(**arguments)
-
-    counted = SimpleNamespace(calls=0, encode_prompt=encode_prompt)
-    return counted
+def counted(pipeline: FluxPipeline) -> Reader:
+    return Reader(pipeline)
 
 
-def test_a_known_prompt_is_not_encoded_again(counted: SimpleNamespace, pipeline: FluxPipeline) -> None:
+def test_a_known_prompt_is_not_encoded_again(counted: Reader, pipeline: FluxPipeline) -> None:
     encoder = PromptEncoder(capacity=2)
     first = encoder.encode(counted, "a cat", 512, ())
     assert encoder.encode(counted, "a cat", 512, ()) is first
@@ -35,21 +47,21 @@ def test_a_known_prompt_is_not_encoded_again(counted: SimpleNamespace, pipeline:
     assert torch.equal(first.pooled, pooled)
 
 
-def test_all_that_the_result_depends_on_is_in_the_key(counted: SimpleNamespace) -> None:
+def test_all_that_the_result_depends_on_is_in_the_key(counted: Reader) -> None:
     encoder = PromptEncoder(capacity=10)
     for prompt, limit, state in (("a", 512, ()), ("b", 512, ()), ("a", 256, ()), ("a", 512, (("digest", 0.5),))):
         encoder.encode(counted, prompt, limit, state)
     assert counted.calls == 4
 
 
-def test_the_least_recently_used_prompt_leaves(counted: SimpleNamespace) -> None:
+def test_the_least_recently_used_prompt_leaves(counted: Reader) -> None:
     encoder = PromptEncoder(capacity=2)
     for prompt in ("a", "b", "a", "c", "a", "b"):
         encoder.encode(counted, prompt, 256, ())
     assert counted.calls == 4  # a, b, c, and b again
 
 
-def test_capacity_zero_keeps_nothing(counted: SimpleNamespace) -> None:
+def test_capacity_zero_keeps_nothing(counted: Reader) -> None:
     encoder = PromptEncoder(capacity=0)
     encoder.encode(counted, "a", 256, ())
     encoder.encode(counted, "a", 256, ())
@@ -114,20 +126,44 @@ def test_what_is_enough_encodes_as_the_whole_prompt_does(pipeline: FluxPipeline,
 @pytest.mark.parametrize("piece", ["a", "abc", "& ", "!?", "tomato "])
 def test_what_is_tokenized_does_not_grow_with_the_prompt(pipeline: FluxPipeline, piece: str) -> None:
     """Tokens cost a hundred times what their text does: 528 MB for one word of a megabyte."""
-    lengths = []
+    lengths: list[int] = []
 
     class Counting:
-        model_max_length = pipeline.tokenizer.model_max_length
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.tokenizer, self.model_max_length = tokenizer, tokenizer.model_max_length
 
-        def __init__(self, tokenizer: object) -> None:
-            self.tokenizer = tokenizer
-
-        def __call__(self, text: str, **options: object) -> object:
+        def __call__(self, text: str, **options: Any) -> Encoding:
             lengths.append(len(text))
             return self.tokenizer(text, **options)
 
     text, _ = read_part(Counting(pipeline.tokenizer_2), piece * 1_000_000, 512)
-    counted = SimpleNamespace(tokenizer=Counting(pipeline.tokenizer), encode_prompt=pipeline.encode_prompt)
-    PromptEncoder(capacity=0).encode(counted, text, 512, ())
+    reader = Reader(pipeline)
+    reader.tokenizer = Counting(pipeline.tokenizer)
+    PromptEncoder(capacity=0).encode(reader, text, 512, ())
     assert sum(lengths) < 100_000
     assert len(text) < 50_000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "strange"),
+    [
+        ("a cat", ""),
+        ("A Cat, a CAT. a 'cat'!", "CAT"),  # T5 tells capitals from small letters
+        ("a hat-cat and the cats", "hat-cat, and, the, cats"),
+        ("a hat, a hat", "hat"),
+        ("eine Kätzin’s 8k _cat_ 猫", "eine, Kätzin’s, 8k, 猫"),
+        (" ".join(f"w{n}" for n in range(9)), "w0, w1, w2, w3, w4, w5, w6, w7, …"),
+        ("\x1b[31m…", "31m"),
+        ("", ""),
+    ],
+)
+def test_words_that_are_not_known_are_listed(prompt: str, strange: str) -> None:
+    assert unknown_words(prompt, {"a", "cat"}) == strange
+
+
+def test_the_miniature_lists_the_words_that_its_tokenizers_know_whole(pipeline: FluxPipeline) -> None:
+    known = open_directory(MINI, torch.float32).known_words
+    vocabulary = pipeline.tokenizer_2.get_vocab()
+    whole = {word.removeprefix("▁").lower() for word in vocabulary if len(word) > 2 or word == "▁a"}
+    assert known == frozenset(whole - {"</s>", "<pad>", "<unk>"})
+    assert {word for word in known if len(pipeline.tokenizer(word).input_ids) > 3} == set()

@@ -226,9 +226,12 @@ def test_what_cannot_be_scored_is_withheld(score: float | BaseException, allowed
 
 
 def test_a_model_gone_wrong_withholds(weights: Path) -> None:
-    checker = safety.load_checker(weights, CPU)
-    torch.nn.init.constant_(checker._model.classifier.bias, float("nan"))
-    assert not safety.judge(checker, drawing("croissant")).allowed
+    file = weights / safety.DIRECTORY / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"classifier.bias": torch.full((2,), torch.nan)}, file, {"format": "pt"})
+    verdict = safety.judge(safety.load_checker(weights, CPU), drawing("croissant"))
+    assert not verdict.allowed
+    assert verdict.reason.endswith("its score is nan")
 
 
 def test_cancelling_passes_through() -> None:

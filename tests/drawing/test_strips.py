@@ -1,13 +1,11 @@
 """Decoding in strips, against the whole: the same up to rounding, so without seams, where tiles have some."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from flux_lora.drawing import image, strips
@@ -79,7 +77,8 @@ def test_the_patch_autoencoder_decodes_whole_when_strips_are_asked_for() -> None
     torch.manual_seed(0)
     vae = PatchAutoencoder(scaling_factor=0.5, shift_factor=0.25).eval().requires_grad_(False)
     latents = torch.randn(1, 32, 3, 4)
-    pipeline = SimpleNamespace(vae=vae, image_processor=VaeImageProcessor())
+    others = ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    pipeline = FluxPipeline(vae=vae, **dict.fromkeys(others))
     drawn = image.decode(pipeline, latents, (120, 90), in_strips=True)
     pixels = vae.decode(latents / 0.5 + 0.25).sample[0].permute(1, 2, 0)[3:93, 4:124]  # 96×128: the centre
     assert drawn.size == (120, 90)

@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -38,7 +38,7 @@ class Identity:
 
 
 def issue(
-    key: PrivateKeyTypes | None = None,
+    key: CertificateIssuerPrivateKeyTypes | None = None,
     *,
     usage: str | None = CLAIM_SIGNING,
     days: tuple[float, float] = (-1, 30),
@@ -80,7 +80,9 @@ def issue(
     )
 
 
-def _builder(name: str, issuer: str, key: PrivateKeyTypes, days: tuple[float, float]) -> x509.CertificateBuilder:
+def _builder(
+    name: str, issuer: str, key: CertificateIssuerPrivateKeyTypes, days: tuple[float, float]
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     first, last = (now + timedelta(days=number) for number in days)
     return (

@@ -91,9 +91,9 @@ def test_the_file_is_what_was_asked_for(tmp_path: Path, output_format: str, name
 @pytest.mark.parametrize("embed", [True, False])
 @pytest.mark.parametrize("output_format", ["webp", "jpg", "png"])
 def test_a_file_is_a_function_of_its_parameters(tmp_path: Path, output_format: str, embed: bool) -> None:
-    for second, name in enumerate(("0-seed7", "3-seed7")):
+    for turn, name in enumerate(("0-seed7", "3-seed7")):
         with pytest.MonkeyPatch.context() as clock:
-            clock.setattr(time, "time", lambda second=second: 1e9 + second)
+            clock.setattr(time, "time", lambda turn=turn: 1e9 + turn)
             outputs.write(outputs.encode(PICTURE, parameters(output_format), embed=embed), tmp_path / name)
     outputs.write(
         outputs.encode(PICTURE, parameters(output_format, prompt="a potato"), embed=embed), tmp_path / "other"
@@ -228,6 +228,7 @@ def test_cancelling_leaves_nothing_wherever_it_lands(files: outputs.Outputs, mil
     thread.start()
     begun.wait()
     time.sleep(milliseconds / 1000)
+    assert thread.ident
     cancel(thread.ident)
     thread.join()
     assert not list(files.home.iterdir())
@@ -269,6 +270,7 @@ def owner(directory: Path, seconds: float) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    assert process.stdout
     assert process.stdout.readline() == b"ready\n"
     return process
 
@@ -289,6 +291,7 @@ def test_nothing_stays_however_the_process_ends(tmp_path: Path, end: Callable[[s
     process = owner(tmp_path, 0.1 if end.__code__.co_names == ("wait",) else 60)
     end(process)
     process.wait()
+    assert process.stdout
     process.stdout.close()
     assert eventually(lambda: not list(tmp_path.iterdir()))
 
@@ -368,7 +371,7 @@ def test_cog_reads_the_files_and_nothing_stays_when_it_ends(
 
             def ready() -> bool:
                 with suppress(httpx.TransportError):
-                    return client.get("/health-check").json()["status"] == "READY"
+                    return bool(client.get("/health-check").json()["status"] == "READY")
                 return False
 
             def output() -> list[str]:

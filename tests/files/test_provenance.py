@@ -6,6 +6,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 
 from flux_lora.errors import OutputError
 from flux_lora.files import provenance, xmp
@@ -31,7 +32,7 @@ def test_pillow_shows_them(tmp_path: Path, output_format: str, embed: bool) -> N
         properties = image.getxmp()["xmpmeta"]["RDF"]["Description"]
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-        texts = image.text if output_format == "png" else {}
+        texts = image.text if isinstance(image, PngImageFile) else {}
     assert properties["DigitalSourceType"] == xmp.AI_GENERATED
     if not embed:
         assert (set(exif), set(texts) - {"XML:com.adobe.xmp"}) == (set(), set())

@@ -44,7 +44,7 @@ class Exiftool:
     path: str
 
     def read(self, path: Path) -> dict[str, Any]:
-        command = [self.path, "-json", "-G1", "-struct", "-charset", "filename=utf8", path]
+        command = [self.path, "-json", "-G1", "-struct", "-charset", "filename=utf8", str(path)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return dict(json.loads(printed)[0])
 
@@ -112,7 +112,7 @@ def test_parameters_survive_another_program(
 @pytest.mark.parametrize("output_format", ["webp", "jpg"])
 def test_exiv2_reads_text_instead_of_numbers(tmp_path: Path, exiv2: str, output_format: str) -> None:
     path = written(tmp_path, output_format)
-    command = [exiv2, "-g", "Exif", "-Pkyt", path]
+    command = [exiv2, "-g", "Exif", "-Pkyt", str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert re.search(r"UserComment +Undefined +charset=Unicode ", done.stdout)
     for text in (PARAMETERS.prompt, "Negative prompt:", LINE.splitlines()[-1]):

@@ -1,5 +1,7 @@
 """Updates against their definitions, in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,14 +24,15 @@ W1, W2_A, W2_B = numbers(3, 2), numbers(4, 1), numbers(1, 3)
 
 
 def normed(moved: Tensor, magnitude: Tensor, dim: int) -> Tensor:
-    return magnitude * moved / moved.norm(dim=dim, keepdim=True) - WEIGHT
+    change: Tensor = magnitude * moved / moved.norm(dim=dim, keepdim=True) - WEIGHT
+    return change
 
 
 def low_rank(kind: torch.dtype) -> Direction:
     return LowRank(TARGET, UP.to(kind), DOWN.to(kind), 0.75)
 
 
-UPDATES = {
+UPDATES: dict[str, tuple[Callable[[torch.dtype], Update], Callable[[], Tensor]]] = {
     "low rank": (low_rank, lambda: 0.75 * UP @ DOWN),
     "full": (lambda kind: Full(TARGET, WEIGHT.to(kind), 2.0), lambda: 2 * WEIGHT),
     "Hadamard": (

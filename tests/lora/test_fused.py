@@ -1,5 +1,7 @@
 """Merging by Triton programs, run by its interpreter or on a GPU: against float64, and against PyTorch's products."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from flux_lora.lora import fused
 from flux_lora.lora.deltas import Full, LowRank, Rows, Update
 from flux_lora.lora.formats import Adapter
 from flux_lora.lora.merge import Contribution, MergedModule
-from flux_lora.speed.quantization import QuantizedLinear
+from flux_lora.speed.quantization import QuantizedLinear, quantized_layers
 from tests.speed.test_quantization import half_steps
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
@@ -33,6 +35,7 @@ def exactly(pristine: Tensor, contributions: list[Contribution]) -> tuple[Tensor
     """W + Σ s·ΔW in float64, and the sum of what is added without signs: the scale of float32's roundings."""
     total, size = pristine.double(), pristine.double().abs()
     for item in contributions:
+        assert isinstance(item.update, LowRank)
         up, down = item.update.up.double().to(DEVICE), item.update.down.double().to(DEVICE)
         rows, factor = slice(item.offset, item.offset + item.stop - item.start), item.scale * item.update.factor
         total[item.start : item.stop] += factor * up[rows] @ down
@@ -128,26 +131,25 @@ def low_rank(*parameters: str, rank: int) -> LowRank:
     return LowRank(rows, torch.randn(48 * len(rows), rank), 0.1 * torch.randn(rank, 48), 0.5)
 
 
-def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> MergedModule:
+def attention(dtype: torch.dtype, *, quantized: bool, programs: bool) -> tuple[nn.Module, MergedModule]:
     torch.manual_seed(0)
     module = Attention().to(DEVICE, dtype)
     pristine = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     if quantized:
         for name in ("to_q", "to_k", "out"):
-            layer = QuantizedLinear(module.get_submodule(name), "fp8")
+            linear = module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layer = QuantizedLinear(linear, "fp8")
             layer.write_rows(0, 48, pristine[f"{name}.weight"])
             module.set_submodule(name, layer)
-    return MergedModule("transformer", module, {}, base=pristine.get, programs=programs)
+    return module, MergedModule("transformer", module, {}, base=pristine.get, programs=programs)
 
 
-def written(merged: MergedModule) -> dict[str, Tensor]:
+def written(module: nn.Module) -> dict[str, Tensor]:
     """What the weights hold, and the scales of those that are quantized."""
-    found: dict[str, Tensor] = {}
-    for name, weight in merged._parameters.items():
-        if isinstance(weight, QuantizedLinear):
-            found |= {name: weight.values.float(), f"{name} scales": weight.scales.clone()}
-        else:
-            found[name] = weight.detach().float()
+    found = {name: weight.detach().float() for name, weight in module.named_parameters()}
+    for name, layer in quantized_layers(module).items():
+        found |= {name: layer.values.float(), f"{name} scales": layer.scales.clone()}
     return found
 
 
@@ -161,12 +163,12 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
         adapter("b", low_rank("to_k", rank=16), low_rank("out", rank=16)),
         adapter("c", *(Full((Rows(name, 0, 48),), torch.randn(size)) for name, size in wholes.items())),
     ]
-    ours, theirs, other = (
+    (ours, by_programs), (theirs, by_products), (other, backward) = (
         attention(torch.bfloat16, quantized=quantized, programs=programs) for programs in (True, False, True)
     )
     states = [[(adapters[0], 0.7)], [(adapters[0], 1.0), (adapters[1], -0.5)], [(each, 0.3) for each in adapters], []]
     for state in states:
-        for merged in (ours, theirs):
+        for merged in (by_programs, by_products):
             merged.bring(state)
         expected = written(theirs)
         for name, weight in written(ours).items():
@@ -176,8 +178,8 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
                 assert (weight != expected[name]).float().mean() <= 0.002, name
                 assert ((weight - expected[name]).abs() <= expected[name].abs() / 8).all(), name  # a step of E4M3
     for state in (*states[2::-1], states[1]):
-        other.bring(state[::-1])
-    ours.bring(states[1])
+        backward.bring(state[::-1])
+    by_programs.bring(states[1])
     for name, weight in written(other).items():
         assert torch.equal(weight, written(ours)[name]), name
 
@@ -185,7 +187,12 @@ def test_a_module_is_merged_as_by_pytorchs_products_but_for_ties(quantized: bool
 def test_the_programs_are_compiled_ahead_for_what_merging_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     launch = fused.launch
-    monkeypatch.setattr(fused, "launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+
+    def note(name: str, *rest: Any) -> None:
+        launched.append(name)
+        launch(name, *rest)
+
+    monkeypatch.setattr(fused, "launch", note)
     fused.warm_up(DEVICE, torch.bfloat16, None)
     fused.warm_up(DEVICE, torch.bfloat16, "fp8")
     assert launched == ["merge", "merge", "merge_eight_bits"]

@@ -1,8 +1,11 @@
 """Merging in place, judged by hand in float64 and by bit comparison with modules that never saw another state."""
 
+import copy
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from flux_lora.device import devices
 from flux_lora.errors import FormatError
-from flux_lora.lora import deltas, merge
+from flux_lora.lora import deltas
 from flux_lora.lora.formats import Adapter, read
 from flux_lora.lora.merge import MergedModule
 from tests import loaded
-from tests.conftest import MINI
+from tests.memory.helpers import tiny
 from training.random_weights import random_lora
 
 CPU = torch.device("cpu")
@@ -22,7 +25,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def load(dtype: torch.dtype) -> torch.nn.Module:
-    return loaded.load(dtype).pipeline().transformer
+    """A small transformer as it is served."""
+    transformer: torch.nn.Module = loaded.load(dtype, tiny()).pipeline().transformer
+    return transformer
 
 
 def merged(module: torch.nn.Module) -> MergedModule:
@@ -116,13 +121,6 @@ def test_the_order_of_arrival_does_not_matter(adapters: list[Adapter]) -> None:
     assert same_bits(forward, bits(backward))
 
 
-def test_the_current_state_costs_nothing(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
-    state = merged(load(torch.float32))
-    assert state.bring([(adapters[0], 1.0)])
-    monkeypatch.setattr(state, "_contributions", None)  # any work would fail
-    assert not state.bring([(adapters[0], 1.0)])
-
-
 def test_scale_zero_and_foreign_components_are_the_base_state(adapters: list[Adapter]) -> None:
     state = merged(load(torch.float32))
     assert not state.bring([(adapters[0], 0.0)])
@@ -139,7 +137,7 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     countdown = [-1]
     original = deltas.LowRank.delta
 
-    def delta(self: deltas.LowRank, *arguments: object) -> deltas.Delta:
+    def delta(self: deltas.LowRank, *arguments: Any) -> deltas.Delta:
         if countdown[0] == 0:
             raise Interrupted
         countdown[0] -= 1
@@ -149,15 +147,22 @@ def interruptible(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return countdown
 
 
+def test_the_current_state_costs_nothing(adapters: list[Adapter], interruptible: list[int]) -> None:
+    state = merged(load(torch.float32))
+    assert state.bring([(adapters[0], 1.0)])
+    interruptible[0] = 0  # any work would fail
+    assert not state.bring([(adapters[0], 1.0)])
+
+
 def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interruptible: list[int]) -> None:
     first, second = [(adapters[0], 1.0)], [(adapters[1], 0.5), (adapters[2], 1.0)]
     fresh = load(torch.bfloat16)
     merged(fresh).bring(first)
     expected = bits(fresh)
     layers = sum(len(adapter.updates["transformer"]) for adapter, _ in second)
+    module = load(torch.bfloat16)
+    state = merged(module)
     for layer in range(layers):
-        module = load(torch.bfloat16)
-        state = merged(module)
         state.bring(first)
         interruptible[0] = layer
         with pytest.raises(Interrupted):
@@ -168,24 +173,38 @@ def test_an_interrupted_merge_is_never_served(adapters: list[Adapter], interrupt
         assert same_bits(module, expected), f"interrupted at layer {layer} of {layers}"
 
 
-def test_interrupted_while_restoring(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_while_restoring(adapters: list[Adapter]) -> None:
+    """At any read of pristine weights; the last one is after all that had to be restored is."""
     module = load(torch.float32)
-    pristine = bits(module)
-    state = merged(module)
-    state.bring([(adapters[0], 1.0)])
-    monkeypatch.setattr(merge, "_groups", lambda _: (_ for _ in ()).throw(Interrupted))
-    with pytest.raises(Interrupted):
+    pristine, left = bits(module), [-1]
+
+    def base(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            if left[0] == 0:
+                raise Interrupted
+            left[0] -= 1
+            return pristine[name]
+
+        return read
+
+    state = MergedModule("transformer", module, {}, base=base)
+    restored = len(adapters[0].updates["transformer"]) - len(adapters[2].updates["transformer"])
+    for wanted, reads in (([], 0), ([], 1), ([], 10), ([(adapters[2], 1.0)], restored)):
+        state.bring([(adapters[0], 1.0)])
+        left[0] = reads
+        with pytest.raises(Interrupted):
+            state.bring(wanted)
+        left[0] = -1
+        assert state.state is None
         state.bring([])
-    monkeypatch.undo()
-    state.bring([])
-    assert same_bits(module, pristine)
+        assert same_bits(module, pristine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_memory_pristine_weights_are_read_from_their_files(
     adapters: list[Adapter], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placed = loaded.load(dtype)
+    placed = loaded.load(dtype, tiny())
     module, kept = placed.pipeline().transformer, load(dtype)
     pristine = bits(module)
     state, reference = placed.merged(), merged(kept)
@@ -209,7 +228,7 @@ def test_every_parameter_can_be_read_again(component: str) -> None:
 
 def test_the_weight_files_are_not_written_to(adapters: list[Adapter]) -> None:
     """In the files' own type the weights are mapped, not read: changing them in place must not reach the disk."""
-    file = MINI / "dev/transformer/diffusion_pytorch_model.safetensors"
+    file = tiny() / "dev/transformer/diffusion_pytorch_model.safetensors"
     before = hashlib.sha256(file.read_bytes()).digest()
     merged(load(torch.bfloat16)).bring([(adapters[0], 1.0)])
     assert hashlib.sha256(file.read_bytes()).digest() == before
@@ -284,7 +303,8 @@ def by_hand(kind: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -
             return (tensors["lora_B.weight"] @ tensors["lora_A.weight"])[: len(weight)]
         case "DoRA":
             moved = weight + tensors["lora_B.weight"] @ tensors["lora_A.weight"]
-            return tensors["dora_scale"] * moved / moved.norm(dim=1, keepdim=True) - weight
+            turned: torch.Tensor = tensors["dora_scale"] * moved / moved.norm(dim=1, keepdim=True)
+            return turned - weight
         case "LoKr":
             return torch.kron(tensors["lokr_w1"], tensors["lokr_w2"])
         case "OFT":
@@ -293,8 +313,9 @@ def by_hand(kind: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -
             skew[:, rows, columns] = tensors["oft_R.weight"]
             skew = skew - skew.transpose(1, 2)
             power = torch.linalg.matrix_power
-            turned = torch.eye(8) + 2 * skew + 2 * power(skew, 2) + 2 * power(skew, 3) + power(skew, 4)
-            return weight @ torch.block_diag(*turned).T - weight
+            rotations = torch.eye(8) + 2 * skew + 2 * power(skew, 2) + 2 * power(skew, 3) + power(skew, 4)
+            turned = weight @ torch.block_diag(*rotations).T
+            return turned - weight
     return tensors["modules_to_save.weight"] - weight
 
 
@@ -330,7 +351,7 @@ def test_any_set_in_any_order_after_any_history_is_a_fresh_start(
 ) -> None:
     everything = [*(adapter for adapter, _ in kinds.values()), *adapters]
     chance = random.Random(0)
-    travelled = load(torch.bfloat16)
+    travelled, untouched = load(torch.bfloat16), load(torch.bfloat16)
     state, pristine = merged(travelled), bits(travelled)
     for _ in range(25):
         chosen = [
@@ -340,7 +361,7 @@ def test_any_set_in_any_order_after_any_history_is_a_fresh_start(
         if chosen and chance.random() < 0.3:
             chosen.append((chosen[0][0], 0.25))  # one fine-tune twice
         state.bring(chosen)
-        fresh = load(torch.bfloat16)
+        fresh = copy.deepcopy(untouched)
         chance.shuffle(chosen)
         merged(fresh).bring(chosen)
         assert same_bits(travelled, bits(fresh))

@@ -62,23 +62,28 @@ def test_a_model_is_measured_without_reading_it() -> None:
     assert measured.decode_strips < measured.decode
 
 
+def identity(storage: torch.UntypedStorage) -> int:
+    """What storages of the same memory have in common, on ``meta`` too, where addresses are 0."""
+    return int(storage._cdata)  # noqa: SLF001 - PyTorch has no public name for it
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that live at once, beside a module's own."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's
         self.now = self.peak = 0
-        self._known = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+        self._known = {identity(parameter.untyped_storage()) for parameter in module.parameters()}
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (list, tuple)) else (out,):
             storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
-                self._known.add(storage._cdata)
+            if storage is not None and identity(storage) not in self._known:
+                self._known.add(identity(storage))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._gone, identity(storage), storage.nbytes())
         return out
 
     def _gone(self, key: int, size: int) -> None:

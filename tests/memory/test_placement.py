@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,7 @@ def test_the_text_encoder_leaves_after_use(build: Callable[..., Generator]) -> N
     stream = generator.parts.memory.placed("text_encoder_2").stream
     assert stream
     seen: list[int] = []
-    encoder = generator.parts.pipelines["dev"].text_encoder_2
+    encoder = generator.parts.memory.placed("text_encoder_2").network.module
     encoder.register_forward_hook(lambda *_: seen.append(len(stream.slots)))
     draw(generator)
     assert seen == [plans.SLOTS]
@@ -297,7 +299,8 @@ class Shortage:
 
 
 def at_text(generator: Generator, shortage: Shortage, _: pytest.MonkeyPatch) -> None:
-    generator.parts.pipelines["dev"].text_encoder_2.encoder.block[1].register_forward_pre_hook(shortage)
+    encoder = generator.parts.memory.placed("text_encoder_2").network.module
+    encoder.get_submodule("encoder.block.1").register_forward_pre_hook(shortage)
 
 
 def at_denoise(generator: Generator, shortage: Shortage, _: pytest.MonkeyPatch) -> None:
@@ -320,10 +323,13 @@ def at_merge(_: Generator, shortage: Shortage, monkeypatch: pytest.MonkeyPatch) 
 
 
 def at_arrival(generator: Generator, shortage: Shortage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(move_in: Callable[[Any], Any], home: Any) -> Any:
+        shortage()
+        return move_in(home)
+
     for key in (*ENCODERS, "vae", *generator.parts.pipelines):
         placed = generator.parts.memory.placed(key)
-        move_in = placed.move_in
-        monkeypatch.setattr(placed, "move_in", lambda home, move_in=move_in: (shortage(), move_in(home))[1])
+        monkeypatch.setattr(placed, "move_in", partial(failing, placed.move_in))
 
 
 # Of each stage: the call at which memory runs out, in the middle of a request of three images.
@@ -436,11 +442,12 @@ def test_a_request_interrupted_while_weights_arrive_leaves_the_next_one_right(
     generator = build(Room(PLENTY, 0), memory_plan="alternating")
     before = pixels(draw(generator, model="dev"))
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    class Interrupted(FileIO):
+        def readinto(self, _: Any) -> int:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(reading, "_read", interrupted)
+        patches.setattr(reading, "FileIO", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             draw(generator, model="schnell")
     assert pixels(draw(generator, model="dev")) == before

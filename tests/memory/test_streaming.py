@@ -24,6 +24,12 @@ class Blocks(nn.Module):
         )
         self.requires_grad_(False)
 
+    def layer(self, block: int) -> nn.Linear:
+        """The first of a block's two."""
+        layer = self.blocks[block].get_submodule("0")
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             hidden = torch.tanh(block(hidden))
@@ -84,8 +90,8 @@ def test_a_block_computes_in_a_slot_and_rests_in_the_host() -> None:
     assert [len(slots) for slots in seen] == [1, 1, 0, 1, 1] * 2
     assert [slots[0] for slots in seen if slots] == [1, 0] * 4  # in turns
     assert len(stream.slots) == SLOTS
-    for index, block in zip([0, 1, 3, 4], blocks, strict=True):
-        assert all(within(parameter, block.host.memory) for parameter in module.blocks[index].parameters())
+    for index, streamed_block in zip([0, 1, 3, 4], blocks, strict=True):
+        assert all(within(parameter, streamed_block.host.memory) for parameter in module.blocks[index].parameters())
     stream.free_slots()
     assert stream.slots == []
 
@@ -112,13 +118,13 @@ def test_what_is_merged_in_the_host_is_computed_with_after_a_rest() -> None:
     before = module(x)
     stream.reset()
     with torch.no_grad():
-        module.blocks[1][0].weight.mul_(2)
+        module.layer(1).weight.mul_(2)
     changed = module(x)
     assert not torch.equal(changed, before)
     assert torch.equal(module(x), changed)
     stream.reset()
     with torch.no_grad():
-        module.blocks[1][0].weight.div_(2)
+        module.layer(1).weight.div_(2)
     assert torch.equal(module(x), before)
 
 
@@ -132,7 +138,7 @@ def test_an_interrupted_pass_leaves_the_next_one_right(interrupted: int) -> None
         raise KeyboardInterrupt
 
     for rest in (False, True):
-        hook = module.blocks[interrupted][0].register_forward_pre_hook(stop)
+        hook = module.layer(interrupted).register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
             module(x)
         hook.remove()

@@ -79,8 +79,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.asked = []
-        self.gate = None  # status and error code of a refusal
+        self.asked: list[Asked] = []
+        self.gate: tuple[int, str] | None = None  # status and error code of a refusal
         self.damaged = False
         self.break_off = 0  # after so many bytes of a large file, and then no more of it
 
@@ -89,8 +89,13 @@ class Hub(ThreadingHTTPServer):
 
 
 class HubHandler(BaseHTTPRequestHandler):
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server, Hub)
+        return self.server
+
     def do_GET(self) -> None:
-        hub, path = self.server, urlsplit(self.path).path
+        hub, path = self.hub, urlsplit(self.path).path
         hub.asked.append(Asked(path, self.headers["Range"], self.headers["Authorization"]))
         if listing := re.fullmatch(r"/api/models/(\S+/\S+)", path):
             siblings = [_sibling(name, content) for name, content in REPOSITORIES[listing[1]].items()]
@@ -104,29 +109,28 @@ class HubHandler(BaseHTTPRequestHandler):
                 self._answer(302, headers={"Location": f"http://localhost:{hub.server_port}/cdn{path}"})
             else:
                 self._answer(200, content)
-        else:
-            repository, name = re.fullmatch(rf"/cdn/(\w[^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path).groups()
-            self._large_file(REPOSITORIES[repository][name])
+        elif large := re.fullmatch(rf"/cdn/(\w[^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
+            self._large_file(REPOSITORIES[large[1]][large[2]])
 
     def _large_file(self, content: bytes) -> None:
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
-        if self.server.break_off and len(content) > self.server.break_off:
+        (start,) = map(int, re.findall(r"^bytes=(\d+)-$", self.headers["Range"] or "bytes=0-"))
+        if self.hub.break_off and len(content) > self.hub.break_off:
             if start:
                 return self._answer(503)
             self.send_response(200)
-            self.send_header("Content-Length", len(content))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: self.server.break_off])
+            self.wfile.write(content[: self.hub.break_off])
             self.close_connection = True
             return None
-        if self.server.damaged:
+        if self.hub.damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
         headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         return self._answer(206 if start else 200, content[start:], headers)
 
     def _answer(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": len(content)} | (headers or {})).items():
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

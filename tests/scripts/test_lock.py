@@ -119,7 +119,7 @@ def test_the_locks_satisfy_the_project(environment: dict[str, str]) -> None:
 
 def needed(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
     """All that these requirements bring here, by name, with what is asked of each; PyTorch's CUDA packages apart."""
-    here = dict(default_environment())
+    here = {name: str(value) for name, value in default_environment().items()}
     found: dict[str, list[Requirement]] = {}
     waiting = [(requirement, "") for requirement in requirements]
     seen = set()
@@ -139,7 +139,7 @@ def needed(requirements: list[Requirement]) -> dict[str, list[Requirement]]:
 @pytest.mark.parametrize(("option", "files"), INSTALLED.items())
 def test_the_locks_hold_what_is_needed_here_and_nothing_else(option: str, files: tuple[str, ...]) -> None:
     """Since pip installs them with --no-deps, what is missing would be missing from the environment."""
-    here = dict(default_environment())
+    here = {name: str(value) for name, value in default_environment().items()}
     locked = {name: entry for file in files for name, entry in LOCKED[file].items()}
     closure = needed(wanted(option))
     apart = {"torch"} if option == "--dev" else {"torch", "triton"}

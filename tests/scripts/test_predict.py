@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from flux_lora import storage
+from flux_lora.commands import desktop
 from flux_lora.commands.predict import main
 from flux_lora.files import own_code, provenance, signing
+from flux_lora.settings import Settings
 from tests.conftest import MINI, ROOT
 from tests.files.certificates import issue
 
@@ -75,6 +79,15 @@ def test_a_failure_in_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["-i", "prompt=a", "-i", "disable_safety_checker=maybe"], "disable_safety_checker must be true or false"),
         (["-i", "prompt=a", "-i", "sed=7"], "Did you mean seed?"),
         (["-i", "prompt"], "name=value"),
+        (["-i", "prompt=a", "-i", "prompt=a"], "prompt twice"),
+        (["-i", "prompt=a", "-i", "seed=1", "-i", "seed=2"], "seed twice"),
+        (["--json", '{"prompt": "a", "seed": 1, "seed": 2}'], "seed twice"),
+        (["--json", "no-such.json"], "--json @no-such.json"),
+        (["--json", __file__], f"--json @{__file__}"),
+        (["-i", "prompt=a", "--lora", " "], "--lora is empty"),
+        (["-i", "prompt=a", "--lora", "x.safetensors"], "no such file"),
+        (["-i", "prompt=a", "--lora", "x.safetensors", "-i", "replicate_weights=y"], "not both"),
+        (["-i", "prompt=a", "-i", "replicate_weights=y.safetensors"], "no such file"),
         (["-i", "prompt=a", "-i", "aspect_ratio=custom"], "width and height"),
         ([], "prompt is required"),
         (["--json", "{"], "--json"),
@@ -84,11 +97,49 @@ def test_a_failure_in_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--from", "no-such-file"], "no-such-file"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+def test_bad_input_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.setenv("FLUX_WEIGHTS", str(MINI))
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert named in line
+
+
+def test_a_lora_from_anywhere_draws_in_place_of_the_own_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tensors = load_file(MINI / "lora.safetensors")
+    Path("my lora").mkdir()
+    named = {"modelspec.trigger_phrase": "TOK\x1b[31m"}
+    save_file({name: -tensor for name, tensor in tensors.items()}, "my lora/adapter.safetensors", named)
+    assert main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL, "--lora", "~/my lora/"]) == 0
+    assert capsys.readouterr().err.count("the prompt lacks 'TOK\\x1b[31m'") == 1
+    (drawn,) = provenance.read(Path("outputs/0001-seed7.webp")).loras
+    assert drawn.digest == storage.sha256_of(Path("my lora/adapter.safetensors"))
+
+
+def test_pictures_are_shown_where_there_is_a_desktop(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform == "darwin":
+        pytest.skip("it would open windows")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert "no desktop" in str(desktop.show([tmp_path / "a b.webp"], Settings()))
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "not installed" in str(desktop.show([tmp_path / "a b.webp"], Settings()))
+    viewer = tmp_path / "xdg-open"
+    viewer.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/shown\n')
+    viewer.chmod(0o755)
+    assert main(["-i", "prompt=a tomato", "-i", "seed=7", *SMALL, "-o", "a b.webp", "--open"]) == 0
+    assert "not opened" not in capsys.readouterr().err
+    assert (tmp_path / "shown").read_text() == "a b.0.webp\n"
+    viewer.write_text("#!/bin/sh\nexit 3\n")
+    assert "exit status 3" in str(desktop.show([tmp_path / "a b.webp"], Settings()))
 
 
 def test_a_seed_of_many_digits_arrives_exactly(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +210,9 @@ def test_a_signed_picture_is_compared_without_its_signature(
     first, second = (Path(f"outputs/000{n}-seed7.webp").read_bytes() for n in (1, 2))
     assert first != second
     assert signing.unsigned(first) == signing.unsigned(second)
-    assert signing.manifest_of(first)["validation_state"] == "Valid"
+    manifest = signing.manifest_of(first)
+    assert manifest
+    assert manifest["validation_state"] == "Valid"
 
 
 def test_a_key_that_cannot_sign_ends_set_up(

@@ -81,8 +81,8 @@ class Serve:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.lines = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or ()))
         self._reader.start()
 
     @property
@@ -98,7 +98,7 @@ class Serve:
 
     def below(self) -> list[psutil.Process]:
         """The server and its worker."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def worker(self) -> psutil.Process:
         (server,) = psutil.Process(self.process.pid).children()

@@ -3,7 +3,7 @@
 import http.server
 import json
 import threading
-from types import SimpleNamespace
+import time
 
 import pytest
 
@@ -77,18 +77,18 @@ class Health(http.server.BaseHTTPRequestHandler):
 def test_busy_without_a_prediction_is_a_lost_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cog may lose the slot without a word; a server that only says BUSY stands in for it."""
     now = [1000.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    busy = SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}"
     try:
-        idleness, slot = watch._Idleness(), Slot()
+        idleness, slot = watch.Idleness(), Slot()
 
         def asked_for(seconds: int) -> bool:
             said = []
             for _ in range(seconds):
                 now[0] += 1
-                said.append(idleness.of(busy, slot))
+                said.append(idleness.of(address, slot))
             return any(said)
 
         assert not asked_for(50)

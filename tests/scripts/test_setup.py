@@ -13,8 +13,8 @@ import pytest
 
 from flux_lora.commands import PROJECT
 
-BASH = shutil.which("bash")
-TORCH = re.search(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
+BASH = shutil.which("bash") or "bash"
+TORCH = re.findall(r"torch==[0-9.]+", (PROJECT / "cog.yaml").read_text())[0]
 SERVING = "requirements.txt requirements-cog.txt"
 SERVICE = f"{SERVING} requirements-service.txt"
 DEV = f"{SERVICE} requirements-dev.txt"
@@ -183,12 +183,43 @@ def test_without_the_cpu_build_it_fails_and_takes_no_other(project: Path) -> Non
     assert f"{TORCH} " not in (project / ".venv" / "setup.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("torch", "requirements", "told"),
+    [
+        (
+            f"{TORCH}+cpu",
+            SERVING,
+            "about 320 MB, less what pip has kept from before, and unpacks it in .venv: about 1.4",
+        ),
+        (f"{TORCH}+cpu", f"{SERVING} requirements-dev.txt", "about 630 MB"),
+        (TORCH, SERVING, "about 2870 MB, less what pip has kept from before, and unpacks it in .venv: at least 5.7"),
+    ],
+)
+@linux
+def test_what_is_fetched_is_told_before(project: Path, torch: str, requirements: str, told: str) -> None:
+    done = call(project, f"choose_torch() {{ echo {torch}; }}; requirements=({requirements}); announce")
+    assert told in done.stderr
+
+
+def test_how_far_it_is_is_told_while_it_fetches(project: Path, programs: Callable[[dict[str, str]], Path]) -> None:
+    (project / ".venv").mkdir()
+    slow_pip = 'head -c 3000000 /dev/zero >"$TMPDIR/wheel"; sleep 1.5; echo fetched'
+    (project / ".venv/bin").symlink_to(programs({"python": slow_pip}))
+    done = call(project, "sleep() { command sleep 0.1; }; pip install torch==2.13.0+cpu; cat $log; ls -A .venv")
+    assert "  3 of about 190 MB\n" in done.stderr
+    assert "fetched" in done.stdout
+    assert "downloads" not in done.stdout
+
+
 @pytest.mark.slow
 def test_two_at_once_make_one_working_environment(project: Path) -> None:
     both = [subprocess.Popen(["scripts/setup"], cwd=project, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sum("Set up in" in text for text in errors) == 1
+    (told,) = {found[1] for text in errors if (found := re.search(r"unpacks it in .venv: about ([0-9.]+) GB", text))}
+    size = sum(file.lstat().st_size for file in (project / ".venv").rglob("*") if not file.is_symlink())
+    assert abs(size / 1e9 - float(told)) < 0.3
     subprocess.run([".venv/bin/python", "-m", "pip", "check"], cwd=project, check=True)
     code = "import cog, diffusers, torch, transformers; print(torch.__version__)"
     version = subprocess.run([".venv/bin/python", "-c", code], cwd=project, check=True, capture_output=True, text=True)

@@ -64,7 +64,8 @@ class Server:
         """The answer to a valid request."""
         response = self.post(json.dumps({"input": inputs}))
         assert response.status_code == 200, response.text
-        return response.json()
+        answer: dict[str, Any] = response.json()
+        return answer
 
     def draw(self, **inputs: Any) -> list[bytes]:
         """The files of a request that must succeed."""
@@ -98,7 +99,7 @@ def outward(trace: Path) -> list[str]:
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def serving(
 
 def health(server: Server) -> str:
     try:
-        return httpx.get(f"{server.url}/health-check").json()["status"]
+        return str(httpx.get(f"{server.url}/health-check").json()["status"])
     except httpx.TransportError:
         return "no answer"
 

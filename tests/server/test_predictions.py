@@ -4,9 +4,10 @@ import http.server
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from tests.conftest import MINI
 from tests.server.conftest import SMALL, Server, content, open_image, serving, wait_for
 
 LONG = {"prompt": "a long one", "seed": 1, "num_inference_steps": 50, "num_outputs": 4, "aspect_ratio": "21:9"}
-WITNESS = {"prompt": "a witness", "seed": 7, **SMALL}
+WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, **SMALL}
 
 
 def test_four_images_are_four_single_ones(server: Server) -> None:
@@ -31,7 +32,13 @@ def test_four_images_are_four_single_ones(server: Server) -> None:
 
 
 def test_scale_model_and_prompt_all_reach_the_picture(server: Server) -> None:
-    variants = [{}, {"lora_scale": 0}, {"lora_scale": 0.5}, {"lora_scale": -1}, {"model": "schnell"}]
+    variants: list[dict[str, Any]] = [
+        {},
+        {"lora_scale": 0},
+        {"lora_scale": 0.5},
+        {"lora_scale": -1},
+        {"model": "schnell"},
+    ]
     variants += [{"guidance_scale": 1}, {"prompt": "another"}, {"seed": 8}, {"num_inference_steps": 3}]
     pixels = [open_image(server.draw(**WITNESS | {"output_format": "png"} | v)[0]).tobytes() for v in variants]
     assert len(set(pixels)) == len(variants)
@@ -49,8 +56,8 @@ def equipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server,
     folder = tmp_path_factory.mktemp("equipped")
     weights = Path(shutil.copytree(MINI, folder / "weights"))
     (folder / "server").mkdir()
-    settings = {"FLUX_WEIGHTS": str(weights), "FLUX_ALLOW_DISABLE_SAFETY_CHECKER": "0"}
-    with serving(folder / "server", **settings) as running:
+    server = serving(folder / "server", FLUX_WEIGHTS=str(weights), FLUX_ALLOW_DISABLE_SAFETY_CHECKER="0")
+    with server as running:
         yield running, weights
 
 
@@ -72,12 +79,15 @@ def test_what_the_operator_forbids_is_refused_by_name(equipped: tuple[Server, Pa
     assert "disable_safety_checker is not allowed on this server" in answer["error"]
 
 
-def _nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+Tensors = dict[str, torch.Tensor]
+
+
+def _nan(tensors: Tensors) -> Tensors:
     first = next(iter(tensors))
     return tensors | {first: torch.full_like(tensors[first], float("nan"))}
 
 
-BAD_TENSORS = {
+BAD_TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
     "wrong-shapes": lambda tensors: {name: torch.zeros(8, 8) for name in tensors},
     "nan": _nan,
     "unknown-keys": lambda tensors: tensors | {"what.is.this": torch.zeros(1)},

@@ -50,8 +50,8 @@ def test_nothing_is_compiled_again_and_a_restart_draws_the_same_bytes(
     save_file(other, weights / "other.safetensors")
     cache = tmp_path / "compiled"
     (tmp_path / "server").mkdir()
-    environment = {"FLUX_PROFILE": profile, "FLUX_CACHE": str(cache), "FLUX_WEIGHTS": str(weights)}
-    with serving(tmp_path / "server", **environment) as server:
+    compiling = serving(tmp_path / "server", FLUX_PROFILE=profile, FLUX_CACHE=str(cache), FLUX_WEIGHTS=str(weights))
+    with compiling as server:
         first = server.predict(**WITNESS)
         answers = [server.predict(**WITNESS | change) for change in CHANGES]
     assert {(answer["status"], answer["metrics"]["recompilations"]) for answer in [first, *answers]} == {
@@ -100,4 +100,5 @@ def _restarted(folder: Path, weights: Path, profile: str, cache: Path) -> dict[s
     """What a new process says and draws."""
     arguments = [str(weights), profile, str(cache), json.dumps(WITNESS), str(folder / "again.webp")]
     done = subprocess.run([sys.executable, "-c", RESTART, *arguments], cwd=ROOT, capture_output=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer

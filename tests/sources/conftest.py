@@ -14,6 +14,7 @@ from tests.sources.internet import Internet
 
 MAX_BYTES = 200_000
 TOKENS = {"hf_token": "hf_secretsecret", "civitai_token": "civ-secretsecret", "replicate_api_token": "r8_secretsecret"}
+GIVEN: dict[str, Any] = {name: SecretStr(token) for name, token in TOKENS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def make_sources(internet: Internet, tmp_path: Path) -> Callable[..., Sources]:
             cache=tmp_path / "cache",
             cache_bytes=cache_bytes,
             max_bytes=max_bytes,
-            tokens=Tokens(**{name: SecretStr(token) for name, token in TOKENS.items()}) if tokens else Tokens(),
+            tokens=Tokens(**GIVEN) if tokens else Tokens(),
             network=network or internet.network(**patience),
             **requests or {},
         )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpcore2
@@ -67,13 +68,13 @@ class Internet:
         self.routes: dict[str, Route] = {}
         self.asked: list[Exchange] = []
         self.names: dict[str, list[str]] = {}
-        self.resolve = self._resolve
+        self.resolve: Callable[[str], list[str]] = self._resolve
         self.ports: dict[str, int] = {}
         self.resolved: list[str] = []
         self.connected: list[str] = []
         self.server_names: list[str | None] = []
 
-    def network(self, **patience: float) -> Network:
+    def network(self, **patience: Any) -> Network:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         tls.load_verify_locations(self.authority)
         return Network(lambda host: self.resolve(host), self._connect, tls, replace(QUICK, **patience))
@@ -112,7 +113,7 @@ class _Server(ThreadingHTTPServer):
         self.internet = internet
         self._context = context
 
-    def finish_request(self, request: object, client_address: object) -> None:
+    def finish_request(self, request: Any, client_address: Any) -> None:
         with self._context.wrap_socket(request, server_side=True) as tls:
             super().finish_request(tls, client_address)
 
@@ -124,12 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        assert isinstance(self.server, _Server)
         internet = self.server.internet
         host = self.headers["host"]
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         exchange = Exchange(host, self.path, {k.lower(): v for k, v in self.headers.items()}, self, body)
         internet.asked.append(exchange)
-        route = internet.routes.get(f"{host}{urlsplit(self.path).path}", lambda e: e.reply(404))
+        route = internet.routes.get(f"{host}{urlsplit(self.path).path}", answer(404))
         route(exchange)
         self.close_connection = True
 
@@ -150,7 +152,7 @@ def file(body: bytes, etag: str | None = None, modified: float | None = None) ->
         if (etag and asked.get("if-none-match") == etag) or (
             modified and asked.get("if-modified-since") == headers["last_modified"]
         ):
-            exchange.reply(304, **headers)
+            exchange.reply(304, b"", **headers)
         elif "range" in asked and etag and asked.get("if-range") == etag:
             start = int(asked["range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):

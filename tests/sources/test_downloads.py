@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from flux_lora.errors import SourceError
 from flux_lora.sources import Sources
+from flux_lora.sources.cache import Cache
 from tests.sources.internet import (
     PUBLIC_ADDRESS,
     Exchange,
@@ -433,7 +434,12 @@ def test_a_cache_of_many_files_is_not_looked_through_for_each_fetch(
     fetch(sources)
     looked: list[object] = []
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: looked.append(path) or scandir(path))
+
+    def look(path: Path) -> object:
+        looked.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
     fetch(sources, f"{URL}?2")
     sources.fetch(f"data:,{quote(save({'a': np.arange(9)}))}", root=None)
     assert looked == []
@@ -443,10 +449,10 @@ def test_names_do_not_pile_up_and_neighbours_do_not_wait(
     make_sources: Callable[..., Sources], internet: Internet, lora: bytes, tmp_path: Path
 ) -> None:
     """Three hundred sources cannot share 256 locks."""
-    sources, other = make_sources(), make_sources(total=1)
+    cache, other = Cache(tmp_path / "cache", 10**9), make_sources(total=1)
     with ExitStack() as held:
         for number in range(300):
-            held.enter_context(sources._cache.lock(f"anyone {URL}?{number}", 0))
+            held.enter_context(cache.lock(f"anyone {URL}?{number}", 0))
         internet.serve(URL, file(lora, '"1"'))
         assert fetch(other, f"{URL}?300") == lora
     assert [path.name for path in (tmp_path / "cache" / "locks").iterdir()] == ["files.lock"]
@@ -585,11 +591,11 @@ def test_two_processes_fetch_a_file_once(internet: Internet, lora: bytes, tmp_pa
     assert served == [1]
 
 
-def interrupt_after(steps: int) -> Callable[..., object]:
+def interrupt_after(steps: int) -> Callable[[FrameType, str, object], Any]:
     """A trace function that cancels at the n-th line run in the package, as Cog may: in a ``finally`` too."""
     left = [steps]
 
-    def trace(frame: FrameType, event: str, _argument: object) -> object:
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
         if "/flux_lora/sources/" not in frame.f_code.co_filename:
             return None
         if event == "line":

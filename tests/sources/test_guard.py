@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,8 +37,9 @@ def test_addresses_in_public_use(address: str) -> None:
 @pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize("token", ["two words", "line\r\nX-Header: 1", "naïve"])
 def test_token_that_cannot_be_sent(name: str, token: str) -> None:
+    given: dict[str, Any] = {name: SecretStr(token)}
     with pytest.raises(SettingsError, match=f"^{name.upper()} holds characters that no token has") as refused:
-        Tokens(**{name: SecretStr(token)})
+        Tokens(**given)
     assert token not in str(refused.value)
 
 
@@ -49,4 +51,4 @@ def test_tokens_from_settings_are_trimmed_and_hidden(monkeypatch: pytest.MonkeyP
     tokens = Tokens.from_settings(settings)
     assert tokens.for_host("huggingface.co") == TOKENS["hf_token"]
     assert tokens.for_host("www.huggingface.co") == tokens.for_host("example.com") == ""
-    assert not any(token in f"{tokens!r}{Sources.from_settings(settings)._tokens}" for token in TOKENS.values())
+    assert not any(token in f"{tokens!r}{vars(Sources.from_settings(settings))}" for token in TOKENS.values())

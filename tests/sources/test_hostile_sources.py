@@ -237,6 +237,15 @@ def chunked(body: bytes) -> Route:
     return route
 
 
+def raw(answer: bytes) -> Route:
+    """Sends bytes, whatever they are."""
+
+    def route(exchange: Exchange) -> None:
+        exchange.wire.wfile.write(answer)
+
+    return route
+
+
 def endless(piece: bytes, **headers: str) -> Route:
     """Says the same again and again, after a header if there is one to send."""
 
@@ -289,8 +298,8 @@ SERVERS: dict[str, tuple[Route, str]] = {
     ),
     "broken off for ever": (broken(GOOD, 10), "files.example.com broke the connection off"),
     "chunks without end": (chunked(GOOD), "broke the connection off"),
-    "not HTTP": (lambda exchange: exchange.wire.wfile.write(b"SSH-2.0-x\r\n\r\n"), "broke the connection off"),
-    "header without end": (lambda exchange: exchange.wire.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"x" * 10**6), "broke"),
+    "not HTTP": (raw(b"SSH-2.0-x\r\n\r\n"), "broke the connection off"),
+    "header without end": (raw(b"HTTP/1.1 200 OK\r\n" + b"x" * 10**6), "broke"),
 }  # fmt: skip
 
 SLOW_SERVERS: dict[str, Route] = {
@@ -535,7 +544,7 @@ def test_path(source: str, reason: str, sources: Sources, internet: Internet, ro
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("/dev/zero", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("dev/vae", "a directory")],
+    [("/dev/zero", "not a regular file"), ("pipe.safetensors", "not a regular file"), ("dev/vae", "a folder without")],
 )
 def test_operators_devices_and_directories(
     source: str, reason: str, sources: Sources, root: Path, monkeypatch: pytest.MonkeyPatch

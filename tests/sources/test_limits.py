@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from flux_lora.errors import SettingsError, SourceError
 from flux_lora.sources import Sources, archive
 from flux_lora.sources.cache import Identity
-from flux_lora.sources.client import _validator
+from flux_lora.sources.client import validator_of
 from flux_lora.sources.inline import PIECE, decode
 from tests.sources.internet import Exchange, Internet, Route, file
 from tests.sources.test_hostile_sources import GOOD, extended_header, member, safetensors, tar
@@ -131,7 +131,12 @@ def test_waiting_for_a_server_is_cancelled_within_a_second_or_two(sources: Sourc
             ended.append(time.monotonic())
 
     begun = threading.Event()
-    internet.serve(URL, lambda exchange: (begun.set(), silent(exchange)))
+
+    def answer(exchange: Exchange) -> None:
+        begun.set()
+        silent(exchange)
+
+    internet.serve(URL, answer)
     fetching = threading.Thread(target=fetch)
     fetching.start()
     begun.wait(10)
@@ -324,7 +329,7 @@ date_texts = st.tuples(*map(st.sampled_from, WORDS)).map(" ".join)
 def test_no_header_that_describes_a_file_is_a_fault(date: str, modified: str, etag: str) -> None:
     headers = {"date": date, "last-modified": modified, "etag": etag}
     sent = httpx2.Headers([(name.encode(), value.encode("latin-1")) for name, value in headers.items()])
-    validator = _validator(Identity("", ""), sent)
+    validator = validator_of(Identity("", ""), sent)
     assert validator.etag.isascii()
     assert validator.modified.isascii()
 

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -78,7 +79,7 @@ def serve_hub(
     internet.serve(f"https://huggingface.co/api/models/{repo}/revision/{revision}", answer_json(info))
 
 
-def civitai_version(data: bytes, number: int = 222, **changes: object) -> dict[str, object]:
+def civitai_version(data: bytes, number: int = 222, **changes: Any) -> dict[str, object]:
     """Facts as https://civitai.com/api/v1/model-versions/222 gives them."""
     files = [
         {
@@ -97,7 +98,7 @@ def civitai_version(data: bytes, number: int = 222, **changes: object) -> dict[s
     return {**version, **changes}
 
 
-def serve_civitai(internet: Internet, data: bytes, number: int = 222, **changes: object) -> None:
+def serve_civitai(internet: Internet, data: bytes, number: int = 222, **changes: Any) -> None:
     version = civitai_version(data, number, **changes)
     older = civitai_version(b"older", 100)
     model = {"id": 111, "type": "LORA", "modelVersions": [version, older]}
@@ -390,7 +391,7 @@ def test_nothing_secret_is_shown_or_stored(
     stored = "".join(
         path.read_text("latin-1") for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".json"
     )
-    everything = f"{caplog.text}{shown.out}{shown.err}{refused.value}{sources.__dict__}{sources._tokens!r}{stored}"
+    everything = f"{caplog.text}{shown.out}{shown.err}{refused.value}{vars(sources)}{stored}"
     assert "x.safetensors" in shown.err
     for secret in (*TOKENS.values(), "do-not-log", "sig=secret"):
         assert secret not in everything
@@ -563,7 +564,7 @@ CIVITAI_REFUSALS = [
 
 
 @pytest.mark.parametrize(("changes", "reason"), CIVITAI_REFUSALS)
-def test_civitai_refusals(changes: dict[str, object], reason: str, sources: Sources, internet: Internet) -> None:
+def test_civitai_refusals(changes: dict[str, Any], reason: str, sources: Sources, internet: Internet) -> None:
     serve_civitai(internet, b"", **changes)
     with pytest.raises(SourceError, match=reason):
         sources.fetch("civitai.com/models/111?modelVersionId=222", root=None)
@@ -719,7 +720,7 @@ def test_what_can_be_said_at_once_is_said_before_anything_is_fetched(
     for source, reason in {
         f"{tmp_path}/missing.safetensors": r"missing.safetensors' cannot be fetched: there is no such file\.",
         f"{tmp_path}/bad.safetensors": "bad.safetensors' cannot be used: it is a text file",
-        str(tmp_path): "it is a directory",
+        str(tmp_path): "it is a folder with 2 .safetensors files, so name one of bad.safetensors, good.safetensors",
         "https://files.example.com/x.zip": "must end in .safetensors or .tar",
     }.items():
         with pytest.raises((SourceError, FormatError), match=reason):

@@ -13,7 +13,7 @@ from flux_lora.speed.quantization import QuantizedLinear, prepare, quantized_lay
 
 pytest.importorskip("triton", reason="Triton is there for Linux only")
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "in_channels": 16,
     "num_layers": 1,
     "num_single_layers": 2,
@@ -53,7 +53,8 @@ def inputs(dtype: torch.dtype, batch: int = 1) -> dict[str, Any]:
 
 @torch.no_grad()
 def run(model: Any, dtype: torch.dtype, batch: int = 1) -> Tensor:
-    return model(**inputs(dtype, batch), return_dict=False)[0]
+    out: Tensor = model(**inputs(dtype, batch), return_dict=False)[0]
+    return out
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -155,9 +156,12 @@ def test_what_the_kernels_do_not_compute_goes_to_diffusers(model: Any) -> None:
 def test_the_kernels_are_used(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     launch = kernels.launch
-    monkeypatch.setattr(
-        kernels, "launch", lambda name, *rest, **more: (launched.append(name), launch(name, *rest, **more))
-    )
+
+    def note(name: str, *rest: Any, **more: Any) -> None:
+        launched.append(name)
+        launch(name, *rest, **more)
+
+    monkeypatch.setattr(kernels, "launch", note)
     run(placed(model, torch.float32), torch.float32)
     double = ["modulate", "rotate", "modulate"]
     assert launched == double + 2 * ["modulate", "rotate", "join"]

@@ -74,8 +74,10 @@ def test_a_cache_that_cannot_be_used_is_none(tmp_path: Path, content: bytes | No
 
 
 def test_code_that_cannot_be_compiled_is_a_setting_that_is_named() -> None:
+    options: Any = {"cpp.cxx": ("no-such-compiler",)}  # PyTorch documents no tuples, and takes them
+
     def work() -> None:
-        torch.compile(lambda x: x.cosh() + 2, options={"cpp.cxx": ("no-such-compiler",)})(torch.ones(11))
+        torch.compile(lambda x: x.cosh() + 2, options=options)(torch.ones(11))
 
     with pytest.raises(SettingsError, match="FLUX_PROFILE=exact cannot be compiled here: .*take FLUX_PROFILE=eager"):
         compilation.warm_up("exact", work)

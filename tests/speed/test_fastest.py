@@ -12,11 +12,11 @@ from flux_lora.errors import SettingsError
 from flux_lora.speed import fastest
 
 CPU = torch.device("cpu")
-TIMES = {"native": 3.0, "cudnn": None, "flash": 2.0, "sage": 2.5}
+TIMES: dict[str, float | None] = {"native": 3.0, "cudnn": None, "flash": 2.0, "sage": 2.5}
 
 
 def choose(
-    folder: Path, measure: Callable = TIMES.__getitem__, names: Any = TIMES, tokens: int = 64
+    folder: Path, measure: Callable[[str], float | None] = TIMES.__getitem__, names: Any = TIMES, tokens: int = 64
 ) -> tuple[str, bool]:
     return fastest.choose_fastest("kernel", tuple(names), {"tokens": tokens}, CPU, folder, measure)
 

@@ -71,8 +71,8 @@ def test_attention_and_gelu_are_joined(dtype: torch.dtype, quantized: bool, size
     heads, width, features = sizes
     mlp = noise(2, 3, features, dtype=dtype)
     for attention in (noise(2, 3, heads, width, dtype=dtype), noise(2, heads, 3, width, dtype=dtype).transpose(1, 2)):
-        for parts in ((attention, mlp), (attention, None), (None, mlp)):
-            all_close(kernels.join(*parts, quantized), kernels.join_reference(*parts, quantized))
+        for left, right in ((attention, mlp), (attention, None), (None, mlp)):
+            all_close(kernels.join(left, right, quantized), kernels.join_reference(left, right, quantized))
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_operators_keep_pytorchs_rules() -> None:
     for quantized in (False, True):
         torch.library.opcheck(kernels.join, (attention, mlp, quantized), test_utils=tests)
         for out, gate in (([], []), (tokens, vectors)):
-            arguments = (tokens, vectors, vectors, out, gate, 1e-6, quantized)
-            torch.library.opcheck(kernels.modulate, arguments, test_utils=tests)
-        arguments = (parts, parts, norms, norms, noise(6, 8), noise(6, 8), 1e-6)
-        torch.library.opcheck(kernels.rotate, arguments, test_utils=tests)
+            modulated = (tokens, vectors, vectors, out, gate, 1e-6, quantized)
+            torch.library.opcheck(kernels.modulate, modulated, test_utils=tests)
+        rotated = (parts, parts, norms, norms, noise(6, 8), noise(6, 8), 1e-6)
+        torch.library.opcheck(kernels.rotate, rotated, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_without_triton_the_reference_computes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     mlp = noise(1, 3, 24, dtype=dtype)
     assert torch.equal(kernels.join(None, mlp, False)[0], kernels.gelu(mlp.float()).to(dtype))

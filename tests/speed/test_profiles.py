@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flux_lora.errors import SettingsError
-from flux_lora.settings import Settings
+from flux_lora.settings import ProfileName, Settings
 from flux_lora.speed import profiles
 from flux_lora.speed.profiles import PROFILES
 
@@ -16,7 +16,9 @@ def test_the_default_is_compiled_on_a_gpu_and_plain_elsewhere(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["balanced", "fast"])
-def test_a_gpu_without_fp8_is_told_which_profiles_it_can_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_gpu_without_fp8_is_told_which_profiles_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, name: ProfileName
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(SettingsError, match=rf"FLUX_PROFILE={name} needs .* A100 has 8\.0: take exact or eager"):

@@ -35,7 +35,7 @@ def transformer(**changes: int) -> Any:
 @torch.no_grad()
 def output(network: Any) -> Tensor:
     given = torch.Generator("cpu").manual_seed(1)
-    return network(
+    out: Tensor = network(
         hidden_states=torch.randn(1, 12, 16, generator=given),
         encoder_hidden_states=torch.randn(1, 6, 32, generator=given),
         pooled_projections=torch.randn(1, 32, generator=given),
@@ -43,6 +43,7 @@ def output(network: Any) -> Tensor:
         img_ids=torch.arange(36.0).view(12, 3) % 5,
         txt_ids=torch.zeros(6, 3),
     ).sample
+    return out
 
 
 def lora(network: Any, tmp_path: Path) -> tuple[Adapter, MergedModule]:

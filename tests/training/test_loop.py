@@ -10,7 +10,7 @@ from training import loop
 from training.loop import has_bfloat16, train
 
 
-def build() -> nn.Module:
+def build() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(4, 4)
 
@@ -22,7 +22,8 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
         def loss(rng: random.Random) -> Tensor:
             if next(calls) == stop_at:
                 raise KeyboardInterrupt
-            return (module(torch.randn(8, 4)) - rng.random()).square().mean()
+            loss: Tensor = (module(torch.randn(8, 4)) - rng.random()).square().mean()
+            return loss
 
         return train("run", module, loss, steps=20, rate=0.1, directory=directory, every=5)
 
@@ -42,15 +43,18 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
 def test_without_bfloat16_muon_makes_matrices_orthogonal_in_their_own_type(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", _muon._zeropower_via_newtonschulz)
+    own = _muon._zeropower_via_newtonschulz  # noqa: SLF001 - what training replaces, so that it comes back
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", own)
     monkeypatch.setattr(loop, "has_bfloat16", lambda: False)
     torch.manual_seed(0)
-    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(*shape)])})
-    weight = module["blocks"][0].weight
+    layer = nn.Linear(*shape)
+    module = nn.ModuleDict({"blocks": nn.ModuleList([layer])})
+    weight = layer.weight
     before, target = weight.detach().clone(), torch.randn_like(weight)
 
     def loss(_: random.Random) -> Tensor:
-        return (weight * target).sum() / target.norm()
+        value: Tensor = (weight * target).sum() / target.norm()
+        return value
 
     train("run", module, loss, steps=1, rate=1.0, directory=tmp_path)
     u, s, v = torch.linalg.svd(target.double(), full_matrices=False)

@@ -27,7 +27,7 @@ from training.stages import (
 )
 
 
-def trained(module: nn.Module, loss: Callable) -> set[str]:
+def trained(module: nn.Module, loss: Callable[[random.Random], Tensor]) -> set[str]:
     """The parameters that a few steps of a stage change: a single one may not meet what one of them needs."""
     for seed in range(3):
         torch.manual_seed(seed)

@@ -42,10 +42,10 @@ def watch(server: Server, slot: Slot, stop: threading.Event) -> str:
     command = f"curl -s {server.address}/predictions -H 'Content-Type: application/json' -d {shlex.quote(EXAMPLE)}"
     if not stop.is_set():
         print(f"Ready at {server.address}, until Ctrl-C. A first picture:\n  {command} -o answer.json", flush=True)
-    idleness = _Idleness()
+    idleness = Idleness()
     while not stop.wait(POLL_SECONDS):
         _require_server(server, slot)
-        lost = slot.lost or idleness.of(server, slot)
+        lost = slot.lost or idleness.of(server.address, slot)
         if lost or not server.draws():
             stop.wait(WORKER_GONE_SECONDS)
             if stop.is_set():
@@ -75,20 +75,20 @@ def _wait_for_set_up(server: Server, slot: Slot, stop: threading.Event) -> None:
 
 
 @dataclass
-class _Idleness:
+class Idleness:
     """How long the server has been busy without drawing anything."""
 
     since: float = math.inf
     asked: float = 0.0
 
-    def of(self, server: Server, slot: Slot) -> str:
+    def of(self, address: str, slot: Slot) -> str:
         """Say it if that is too long."""
         now = time.monotonic()
         if slot.running:
             self.since = math.inf
         elif now - self.asked > IDLE_POLL_SECONDS:
             self.asked = now
-            self.since = min(self.since, now) if _health(server.address).get("status") == "BUSY" else math.inf
+            self.since = min(self.since, now) if _health(address).get("status") == "BUSY" else math.inf
         return f"busy for {BUSY_SECONDS} s without a prediction" if now - self.since > BUSY_SECONDS else ""
 
 

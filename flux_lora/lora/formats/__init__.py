@@ -24,10 +24,11 @@ from flux_lora.lora.formats.algorithms import Given, build
 from flux_lora.lora.formats.contents import LayerParts, account_for, load, only_number
 from flux_lora.lora.formats.doubles import without_doubles
 from flux_lora.lora.formats.layouts import BFL, Shapes
-from flux_lora.lora.formats.metadata import Scaling, own_name, scaling, trigger_word
+from flux_lora.lora.formats.metadata import Scaling, own_name, scaling
 from flux_lora.lora.formats.outline import check_shapes
 from flux_lora.lora.formats.split_qkv import Fused, trained_split
 from flux_lora.lora.formats.summary import Adapted, family, summarize, without_effect
+from flux_lora.lora.formats.triggers import trigger_words
 
 _HASHED_AT_ONCE = 2**22
 """Bytes."""
@@ -46,6 +47,7 @@ class Adapter:
         ignored: keys that change nothing, and why.
         summary: one line for the log.
         nbytes: host memory that the updates hold at most.
+        triggers: words of which any calls up what it was trained on, as far as its metadata says.
     """
 
     digest: str
@@ -56,6 +58,7 @@ class Adapter:
     ignored: Mapping[str, str]
     summary: str
     nbytes: int
+    triggers: tuple[str, ...] = ()
 
 
 def read(path: Path, shapes: Shapes, name: str | None = None) -> Adapter:
@@ -116,10 +119,10 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
     layers, repeated = without_doubles(layers, shapes)
     ignored |= doubled | unread | zero | repeated
     layers = [layer for layer in layers if layer.updates] or layers
-    sibling, word = foreign.relative(header.metadata), trigger_word(header.metadata)
+    sibling, triggers = foreign.relative(header.metadata), trigger_words(header.metadata)
     notes = (
         sibling and f"trained on {sibling}",
-        word and f"trigger word {word!r}",
+        f"trigger word {' or '.join(map(repr, triggers))}" if triggers else None,
         told_by,
         without_effect(ignored),
         f"sha256 {digest}",
@@ -133,6 +136,7 @@ def _read(path: Path, header: Header, shapes: Shapes) -> Adapter:
         ignored,
         summarize(layers, shapes, notes),
         sum(part.tensor.nbytes for layer in contents for part in layer.parts.values()),
+        triggers,
     )
 
 

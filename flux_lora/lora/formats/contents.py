@@ -31,7 +31,7 @@ _UNUSED = re.compile(
 
 _WORD = re.compile(r"bundle_emb\.(.+?)\.(clip_[lg]|t5|t5xxl|string_to_param|[^.]+$).*")
 _LISTED_KEYS = 8
-_PIECE = 2**22
+PIECE = 2**22
 """Numbers that are judged at a time: float8 becomes four times as large for it."""
 
 
@@ -170,7 +170,7 @@ def _part(key: str, tensor: Tensor, name: Name) -> Part:
 def _extremes(tensor: Tensor) -> Tensor:
     """Its smallest and largest numbers, or NaN, in float32: many times faster than to ask of each if it is finite."""
     found = []
-    for piece in torch.split(tensor.flatten(), _PIECE):
+    for piece in torch.split(tensor.flatten(), PIECE):
         numbers = piece.float() if piece.element_size() == 1 else piece  # float8 has few operations of its own
         found.append(torch.stack(numbers.aminmax()).float())
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""What a file's metadata says: how PEFT scales, the trigger word, the model it was trained on."""
+"""What a file's metadata says: how PEFT scales, its name, the model it was trained on."""
 
 import json
 import math
@@ -115,16 +115,6 @@ def _matcher(pattern: str) -> Callable[[str], object]:
     if name.startswith("^"):
         return name[1:].__eq__
     return lambda layer: f".{layer}".endswith(f".{name}")
-
-
-def trigger_word(metadata: Metadata) -> str | None:
-    """The word that the trainer says calls the subject."""
-    word = metadata.get("modelspec.trigger_phrase") or ""
-    if not word:  # ai-toolkit writes its one trigger word as the only tag of the only folder
-        folders = _json(metadata.get("ss_tag_frequency")).values()
-        tags = [tag for folder in folders if isinstance(folder, dict) for tag in folder]
-        word = str(tags[0]) if len(tags) == 1 else ""
-    return " ".join(word.split())[:80] or None
 
 
 def own_name(metadata: Metadata) -> str:

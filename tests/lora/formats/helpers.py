@@ -85,8 +85,12 @@ def bfl_flux(double: int = 1, single: int = 2) -> nn.Module:
     """The linear layers and norms of FLUX.1 in Black Forest Labs' layout, ``INPUTS`` wide."""
     attention = [f"double_blocks.{i}.{stream}_attn" for i in range(double) for stream in ("img", "txt")]
     attention += [f"single_blocks.{i}" for i in range(single)]
-    norms = {f"{block}.norm.{which}_norm": Norm(128) for block in attention for which in ("query", "key")}
-    linear = {name: nn.Linear(INPUTS, rows) for name, (rows, _) in bfl_sizes(double, single).items()}
+    norms: dict[str, nn.Module] = {
+        f"{block}.norm.{which}_norm": Norm(128) for block in attention for which in ("query", "key")
+    }
+    linear: dict[str, nn.Module] = {
+        name: nn.Linear(INPUTS, rows) for name, (rows, _) in bfl_sizes(double, single).items()
+    }
     return representable(tree(linear | norms))
 
 
@@ -129,7 +133,8 @@ def write(path: Path, tensors: Mapping[str, Tensor | float], metadata: Mapping[s
 
 
 def to_diffusers(state: State) -> State:
-    return convert_flux_transformer_checkpoint_to_diffusers(dict(state))
+    converted: State = convert_flux_transformer_checkpoint_to_diffusers(dict(state))
+    return converted
 
 
 @torch.no_grad()
@@ -147,8 +152,8 @@ def merged(state: State, adapter: Adapter, scale: float, dtype: torch.dtype, com
     """The state after the product's own merge."""
     names: dict[str, nn.Module] = {}
     for name, tensor in state.items():
-        module, _, attribute = name.rpartition(".")
-        names.setdefault(module, nn.Module()).register_parameter(attribute, nn.Parameter(tensor.to(dtype, copy=True)))
+        place, _, attribute = name.rpartition(".")
+        names.setdefault(place, nn.Module()).register_parameter(attribute, nn.Parameter(tensor.to(dtype, copy=True)))
     module = tree(names)
     MergedModule(component, module, {}).bring([(adapter, scale)])
     return {name: parameter.detach().double() for name, parameter in module.named_parameters()}

@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(model: nn.Module, config: dict[str, Any]) -> tuple[State, State]:
+def train(model: Any, config: dict[str, Any]) -> tuple[State, State]:
     """Give a model random adapters; its weights without them, and as it acts with them."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.add_adapter(LoraConfig(target_modules=list(linears(model)), **config))

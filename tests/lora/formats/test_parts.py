@@ -23,7 +23,9 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 
 def dora(weight: Tensor, update: Tensor, magnitude: Tensor, dim: int) -> Tensor:
-    return magnitude * (weight + update) / torch.linalg.vector_norm(weight + update, dim=dim, keepdim=True)
+    moved = weight + update
+    trained: Tensor = magnitude * moved / torch.linalg.vector_norm(moved, dim=dim, keepdim=True)
+    return trained
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_convolutions_alpha_zero_and_a_difference_of_the_bias(tmp_path: Path) ->
     """Alpha 0 means the rank: LoRAModule.__init__ of sd-scripts' networks/lora_flux.py."""
     base = dict(tiny_flux().state_dict())
     down, up, bias = file_tensor(2, 32, 1, 1), file_tensor(32, 2, 1, 1), file_tensor(32)
-    tensors = {
+    tensors: dict[str, Tensor | float] = {
         "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight": down,
         "lora_transformer_transformer_blocks_0_attn_to_q.lora_up.weight": up,
         "lora_transformer_transformer_blocks_0_attn_to_q.alpha": 0,
@@ -135,7 +137,7 @@ def test_two_full_kronecker_factors_ignore_alpha(tmp_path: Path) -> None:
     """ai-toolkit once wrote 9999999999 there (lokr_full_rank in toolkit/config_modules.py)."""
     base = dict(tiny_flux().state_dict())
     w1, w2 = file_tensor(4, 4), file_tensor(8, 8)
-    tensors = {
+    tensors: dict[str, Tensor | float] = {
         f"transformer.{LAYER}.lokr_w1": w1,
         f"transformer.{LAYER}.lokr_w2": w2,
         f"transformer.{LAYER}.alpha": 9999999999,

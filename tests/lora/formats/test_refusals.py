@@ -378,7 +378,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     path = tmp_path / "x.safetensors"
     save_file(GOOD, path)
 
-    def load_slowly(*arguments: Any) -> list[LayerParts]:
+    def load_slowly(*arguments: Any) -> tuple[list[LayerParts], dict[str, str]]:
         contents = load(*arguments)
         os.utime(path, ns=(0, 0))
         return contents

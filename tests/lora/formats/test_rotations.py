@@ -64,7 +64,8 @@ def kohya(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
     q = skew(blocks)
     norm, bound = q.flatten().norm(), alpha * len(weight)
     q = q * ((min(norm, bound) + 1e-8) / (norm + 1e-8))
-    return torch.block_diag(*cayley(q)).T @ weight
+    turned: Tensor = torch.block_diag(*cayley(q)).T @ weight
+    return turned
 
 
 @pytest.mark.parametrize("alpha", [0.0009765625, 0.5])  # which bounds the rotation, and which does not
@@ -93,7 +94,10 @@ def test_kohya_turns_the_outputs_of_each_part_of_a_layer(alpha: float, tmp_path:
 
 def test_kohya_without_freedom_turns_nothing(tmp_path: Path) -> None:
     base = dict(tiny_flux().state_dict())
-    tensors = {"oft_unet_x_embedder.oft_blocks.0": file_tensor(4, 8, 8), "oft_unet_x_embedder.alpha": 0.0}
+    tensors: dict[str, Tensor | float] = {
+        "oft_unet_x_embedder.oft_blocks.0": file_tensor(4, 8, 8),
+        "oft_unet_x_embedder.alpha": 0.0,
+    }
     check(write(tmp_path / "x.safetensors", tensors), base, base)
 
 
@@ -229,7 +233,8 @@ def test_peft_alone_writes_no_settings_and_means_its_default(tmp_path: Path) -> 
 
 
 def neumann(q: Tensor, factors: tuple[float, ...]) -> Tensor:
-    return sum(factor * torch.linalg.matrix_power(q, power) for power, factor in enumerate(factors))
+    terms = (factor * torch.linalg.matrix_power(q, power) for power, factor in enumerate(factors))
+    return sum(terms, start=torch.zeros_like(q))
 
 
 def skew_of(vectors: Tensor, block: int) -> Tensor:

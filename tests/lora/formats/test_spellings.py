@@ -77,7 +77,8 @@ IN_DIFFUSERS_LAYOUT = {
 def train(model: nn.Module, spelling: Spelling, columns: int | None = None) -> tuple[State, State]:
     """A file's tensors, and the model's weights with their update."""
     torch.manual_seed(1)
-    tensors, trained = {}, dict(model.state_dict())
+    trained = dict(model.state_dict())
+    tensors: State = {}
     for name, layer in linears(model).items():
         down, up = file_tensor(RANK, columns or layer.in_features), file_tensor(layer.out_features, RANK)
         tensors |= {spelling.key(name, spelling.down): down, spelling.key(name, spelling.up): up}
@@ -138,7 +139,8 @@ def test_text_encoders(component: str, prefix: str, tmp_path: Path) -> None:
 def test_xlabs(tmp_path: Path) -> None:
     """src/flux/modules/layers.py of XLabs-AI/x-flux: DoubleStreamBlockLoraProcessor, SingleStreamBlockLoraProcessor."""
     model = bfl_flux()
-    tensors, trained = {}, dict(model.state_dict())
+    trained = dict(model.state_dict())
+    tensors: State = {}
     for name in linears(model):
         block, _, layer = name.partition(".")[2].partition(".")
         block = f"{name.partition('.')[0]}.{block}.processor"
@@ -154,5 +156,5 @@ def test_xlabs(tmp_path: Path) -> None:
             weight[:rows] += up @ down
             trained[f"{name}.weight"] = weight
     assert "single_blocks.1.processor.qkv_lora.up.weight" in tensors
-    adapter = check(write(tmp_path / "x.safetensors", tensors), to_diffusers(model.state_dict()), to_diffusers(trained))
-    assert adapter.family == "XLabs"
+    path = write(tmp_path / "x.safetensors", tensors)
+    assert check(path, to_diffusers(model.state_dict()), to_diffusers(trained)).family == "XLabs"

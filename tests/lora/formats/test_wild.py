@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Embedding
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_lora.errors import FormatError
 from flux_lora.lora.formats import Adapter, read
@@ -71,7 +71,10 @@ def test_alpha_of_full_kronecker_factors_is_not_judged(alpha: object, tmp_path: 
 def test_alpha_of_a_difference_is_not_judged(part: str, tmp_path: Path) -> None:
     parameter = f"{TO_Q}.{'bias' if part == 'diff_b' else 'weight'}"
     difference = file_tensor(*FLUX[parameter].shape)
-    tensors = {f"transformer.{TO_Q}.{part}": difference, f"transformer.{TO_Q}.alpha": torch.inf}
+    tensors: dict[str, Tensor | float] = {
+        f"transformer.{TO_Q}.{part}": difference,
+        f"transformer.{TO_Q}.alpha": torch.inf,
+    }
     check(write(tmp_path / "x.safetensors", tensors), FLUX, FLUX | {parameter: FLUX[parameter] + difference})
 
 
@@ -120,7 +123,8 @@ def test_tables_are_updated(case: str, tmp_path: Path) -> None:
     """ComfyUI's comfy_extras/nodes_lora_extract.py: every matrix of a text encoder, tables as well."""
     component, name, theirs = TABLES[case]
     base, parameter = BASE[component], f"{name}.weight"
-    tensors = lora(COMFY[component] + theirs, *base[parameter].shape, KOHYA)
+    rows, columns = base[parameter].shape
+    tensors = lora(COMFY[component] + theirs, rows, columns, KOHYA)
     trained = base | {parameter: base[parameter] + product(tensors)}
     check(write(tmp_path / "x.safetensors", tensors), base, trained, component)
     difference = file_tensor(*base[parameter].shape)
@@ -239,7 +243,7 @@ def under_two_names(scale: float = 1.0) -> State:
     """BFL's fused layer and diffusers' three, the latter with factors of another size and the same product."""
     fused = lora("lora_unet_double_blocks_0_img_attn_qkv", 96, 32, KOHYA)
     down, up = fused.values()
-    parts = {}
+    parts: State = {}
     for index, name in enumerate(("to_q", "to_k", "to_v")):
         layer = f"transformer.transformer_blocks.0.attn.{name}"
         parts |= {f"{layer}.lora_A.weight": 4 * down, f"{layer}.lora_B.weight": scale / 4 * up[32 * index :][:32]}
@@ -373,7 +377,7 @@ def test_adapters_of_any_name(name: str, tmp_path: Path) -> None:
 # diffusers' fused projections, and whole layers, by the libraries that write them
 
 
-def train(model: nn.Module, **config: Any) -> None:
+def train(model: Any, **config: Any) -> None:
     model.add_adapter(LoraConfig(r=2, lora_alpha=2, **config))
     model.double()
     with torch.no_grad():
@@ -388,7 +392,8 @@ def test_projections_that_diffusers_fused(tmp_path: Path) -> None:
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.fuse_qkv_projections()
     train(model, target_modules=["to_qkv", "to_added_qkv"])
-    trained, tensors = dict(base), {}
+    trained: State = dict(base)
+    tensors: State = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
             tensors |= {

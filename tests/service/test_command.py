@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import yaml
+from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from flux_lora.commands import service
@@ -64,5 +65,4 @@ def test_the_serve_config_is_one_that_ray_takes() -> None:
     (application,) = schema.applications
     module, _, name = application.import_path.partition(":")
     build = getattr(import_module(module), name)
-    bound = build(application.args | {"open": True})
-    assert bound._bound_deployment.name == "Front"
+    assert isinstance(build(application.args | {"open": True}), Application)

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Response
@@ -206,15 +207,17 @@ def _preview(preview: bytes, output_format: str) -> tuple[str, bytes]:
 
 
 def _models(front: Front) -> list[dict[str, Any]]:
-    named = [(model, front.weights / model, "black-forest-labs") for model in front.models]
-    named += [(name, path, "operator") for name, path in loras.names(front.weights).items()]
-    return [
-        {"id": name, "object": "model", "created": _changed(path), "owned_by": whose} for name, path, whose in named
-    ]
+    """The base models, and the operator's LoRAs; ``source`` is what ``lora`` and `replicate_weights` take for one."""
+    found = [_model(name, front.weights / name, "black-forest-labs") for name in front.models]
+    for name, path in loras.names(front.weights).items():
+        source = path.relative_to(front.weights).as_posix()
+        found.append(_model(name, path, "operator") | {"source": source})
+    return found
 
 
-def _changed(path: Any) -> int:
-    return int(path.stat().st_mtime) if path.exists() else 0
+def _model(name: str, path: Path, owner: str) -> dict[str, Any]:
+    changed = int(path.stat().st_mtime) if path.exists() else 0
+    return {"id": name, "object": "model", "created": changed, "owned_by": owner}
 
 
 def _failure(prediction: Prediction) -> RefusalError:

@@ -186,7 +186,7 @@ async function listModels() {
   const served = data.map((model) => model.id);
   const bases = inputs.model.enum.filter((model) => served.includes(model));
   if (bases.length) radios($("models"), "model", bases, bases.includes(chosen("model")) ? chosen("model") : bases[0]);
-  $("loras").replaceChildren(...data.filter((model) => model.owned_by === "operator").map((model) => make("option", { value: model.id })));
+  $("loras").replaceChildren(...data.filter((model) => model.owned_by === "operator").map((model) => make("option", { value: model.id, "data-source": model.source })));
   settle();
 }
 
@@ -229,7 +229,8 @@ function read() {
   }
   if ($("seed").value !== "" || !$("seed").validity.valid) wanted.seed = whole("seed", "The seed must be a whole number of at most 16 digits, or empty.");
   const lora = $("replicate_weights").value.trim();
-  if (lora) wanted.replicate_weights = [...$("loras").options].some((option) => option.value === lora) ? `loras/${lora}.safetensors` : lora;
+  const named = [...$("loras").options].find((option) => option.value === lora);
+  if (lora) wanted.replicate_weights = named ? named.dataset.source : lora;
   wanted.lora_scale = Number($("lora_scale").value);
   if (wanted.model !== "schnell") wanted.guidance_scale = Number($("guidance_scale").value);
   wanted.output_format = chosen("output_format");

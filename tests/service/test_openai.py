@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_pictures_are_what_the_generator_draws(client: openai.OpenAI, replica: L
     assert contents(response) == expected
     assert response.size == "256x256"
     assert response.output_format == "png"
-    assert [picture.seed for picture in response.data] == [7, 8]  # type: ignore[union-attr, attr-defined]
+    assert [picture.seed for picture in response.data] == [7, 8]  # type: ignore[union-attr]
 
 
 def test_our_own_fields_come_from_extra_body(client: openai.OpenAI, replica: LocalReplica) -> None:
@@ -174,18 +175,23 @@ def test_errors_have_openai_s_form_everywhere(client: openai.OpenAI) -> None:
         client.images.generate(prompt="a", model="gpt-image-2")
 
 
+def begun(state: str) -> bool:
+    return httpx.get(state).json()["started_at"] is not None
+
+
 def test_a_full_queue_is_503_and_a_full_share_429(replica: LocalReplica) -> None:
     """The replica is busy, one waits; the second of the same key is too many for it, and then for all."""
-    for limits, error, code in (
-        ({"limit": 1}, openai.InternalServerError, "server_overloaded"),
-        ({"limit_per_owner": 1}, openai.RateLimitError, "rate_limit_exceeded"),
+    for limit, share, error, code in (
+        (1, 16, openai.InternalServerError, "server_overloaded"),
+        (64, 1, openai.RateLimitError, "rate_limit_exceeded"),
     ):
-        with serving(local_front([replica], **limits)) as address:
+        with serving(local_front([replica], limit=limit, limit_per_owner=share)) as address:
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
             body = {"input": {"prompt": "a long one", "num_inference_steps": 50, "num_outputs": 4}}
             asked = {"Prefer": "respond-async"}
             running, waiting = (httpx.post(f"{address}/predictions", json=body, headers=asked).json() for _ in "ab")
-            wait_for(lambda a=address, r=running: httpx.get(f"{a}/predictions/{r['id']}").json()["started_at"])
+            state = f"{address}/predictions/{running['id']}"
+            wait_for(partial(begun, state))
             with pytest.raises(error) as refused:
                 client.images.generate(prompt="a tomato", extra_body=FEW)
             assert refused.value.code == code
@@ -218,15 +224,15 @@ def test_a_stream_has_previews_and_ends_with_the_picture(client: openai.OpenAI, 
     stream = client.images.generate(
         prompt="a tomato", stream=True, partial_images=2, extra_body={"seed": 7, "steps": 12}
     )
-    *partial, last = list(stream)
-    assert {event.type for event in partial} == {"image_generation.partial_image"}
-    assert [event.partial_image_index for event in partial] == list(range(len(partial)))  # type: ignore[union-attr]
-    assert 1 <= len(partial) <= 2
+    *previews, last = list(stream)
+    assert {event.type for event in previews} == {"image_generation.partial_image"}
+    assert [event.partial_image_index for event in previews] == list(range(len(previews)))  # type: ignore[union-attr]
+    assert 1 <= len(previews) <= 2
     assert last.type == "image_generation.completed"
     assert base64.b64decode(last.b64_json) == drawn(replica, seed=7, num_inference_steps=12)[0]
     assert last.usage.total_tokens == 0
     final = Image.open(io.BytesIO(base64.b64decode(last.b64_json)))
-    for event in partial:
+    for event in previews:
         preview = Image.open(io.BytesIO(base64.b64decode(event.b64_json)))
         assert (preview.format, f"{preview.width}x{preview.height}") == ("PNG", event.size)
         assert preview.size == (128, 128)
@@ -236,7 +242,8 @@ def test_a_stream_has_previews_and_ends_with_the_picture(client: openai.OpenAI, 
 def distance(picture: Image.Image, other: Image.Image) -> float:
     """Mean difference of two pictures, 0 to 1, at the size of the first."""
     values = [list(image.convert("RGB").resize(picture.size).tobytes()) for image in (picture, other)]
-    return sum(abs(a - b) for a, b in zip(*values, strict=True)) / 255 / len(values[0])
+    difference: float = sum(abs(a - b) for a, b in zip(*values, strict=True)) / 255 / len(values[0])
+    return difference
 
 
 def test_a_client_that_leaves_ends_the_drawing(client: openai.OpenAI) -> None:

@@ -230,7 +230,7 @@ def test_it_fits_a_phone_in_light_and_dark(page: Page) -> None:
     page.locator("#custom").evaluate("box => box.hidden = false")
     paper = []
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         paper.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert paper[0] != paper[1]

@@ -140,7 +140,9 @@ def _too_long(headers: dict[bytes, str], limit: int) -> tuple[int, str] | None:
 
 
 async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps({"detail": message, "error": {"message": message, "type": "invalid_request_error"}}).encode()
+    code = "invalid_api_key" if status == 401 else None
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    body = json.dumps({"detail": message, "error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

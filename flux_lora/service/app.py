@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 import flux_lora
 from flux_lora.inputs import schemas as input_schemas
-from flux_lora.service import cog, files, status
+from flux_lora.service import cog, events, files, openai, page, status
 from flux_lora.service.access import Access
 from flux_lora.service.front import Front
 from flux_lora.service.journal import Journal
@@ -27,8 +27,9 @@ def make_app(front: Front, keys: Sequence[str], *, local: bool) -> FastAPI:
         local: whether it is served on loopback; then the names that it is asked by are checked.
     """
     app = FastAPI(title="flux-lora", version=flux_lora.__version__, description=DESCRIPTION, redoc_url=None)
-    for router in (status.router(front), cog.router(front), files.router(front)):
-        app.include_router(router)
+    for part in (status, cog, events, openai, files):
+        app.include_router(part.router(front))
+    app.include_router(page.router())
     app.add_middleware(Access, keys=keys, local=local)
     app.add_middleware(Journal, log=front.log)  # before all else
     written = app.openapi

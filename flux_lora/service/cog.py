@@ -16,6 +16,7 @@ from flux_lora.errors import RequestError
 from flux_lora.inputs import Interface
 from flux_lora.request import Request
 from flux_lora.service import checks, files
+from flux_lora.service.attending import attended
 from flux_lora.service.front import Front, owner_of
 from flux_lora.service.jobs import BusyError
 from flux_lora.service.predictions import Prediction, TakenError
@@ -28,7 +29,7 @@ SHOWN_INPUT = 2048
 """Characters of an input that are repeated in an answer; what is longer is a file."""
 
 Owner = Depends(owner_of)
-Prefer = Header(default="", description="`respond-async`, `wait` or `wait=SECONDS`")
+Prefer = Header(default="", description="`respond-async`, `wait` or `wait=SECONDS`; `previews` beside")
 CancelAfter = Header(default="", description="Seconds that it may take, waiting included, as `90`, `90s` or `5m`")
 
 
@@ -131,6 +132,7 @@ def router(front: Front) -> APIRouter:
                 prediction_id=prediction_id,
                 inputs=body.input,
                 seconds=seconds,
+                previews="previews" in http.headers.get("prefer", ""),
                 notes=notes,
                 request_id=http.state.request_id,
             )
@@ -152,7 +154,7 @@ def router(front: Front) -> APIRouter:
         wanted = _preference(prefer)
         ended = prediction.ended
         if wanted != 0:
-            ended = await _attended(front, prediction, http, wanted)
+            ended = await attended(front, prediction, http, wanted)
         return JSONResponse(describe(prediction, http), status_code=200 if ended else 202)
 
     @routes.post("/predictions", response_model=PredictionResponse, responses=answers, summary="Draw")
@@ -250,30 +252,6 @@ def router(front: Front) -> APIRouter:
         return shown(prediction, http)
 
     return routes
-
-
-async def _attended(front: Front, prediction: Prediction, http: HttpRequest, seconds: float | None) -> bool:
-    """Wait for the end, at most some seconds; a caller who hangs up ends it."""
-    waiting = asyncio.ensure_future(prediction.wait(seconds))
-    leaving = asyncio.ensure_future(_gone(http))
-    try:
-        await asyncio.wait([waiting, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            front.predictions.cancel(prediction)
-            await waiting
-        return waiting.result()
-    except asyncio.CancelledError:
-        front.predictions.cancel(prediction)
-        raise
-    finally:
-        leaving.cancel()
-        waiting.cancel()
-
-
-async def _gone(http: HttpRequest) -> None:
-    """Return when the caller has hung up."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _webhook(body: PredictionRequest, front: Front) -> Webhook | None:

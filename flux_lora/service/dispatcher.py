@@ -113,7 +113,9 @@ class Dispatcher:
         except FullError as full:
             self._metrics.refused()
             whose = "You have as many requests waiting as one caller may" if full.of_owner else "The queue is full"
-            raise BusyError(f"{whose}: try again in some seconds.", self._retry_after()) from None
+            raise BusyError(
+                f"{whose}: try again in some seconds.", self._retry_after(), of_owner=full.of_owner
+            ) from None
         ticket = self._tickets[job.id] = _Ticket(job, entry, time.monotonic())
         if job.deadline < float("inf"):
             left = job.deadline - time.time()

@@ -17,8 +17,8 @@ from flux_lora.ledger import Log, Metric
 from flux_lora.service import jobs
 from flux_lora.service.jobs import MEDIA_TYPES, Event, Failed, Finished, Job, Kind, Line, Picture, Usage
 
-Preview = Callable[[Generator, Job, Step], bytes]
-"""Makes a small WebP file of a step's latents."""
+Preview = Callable[[Generator, Job, Step], bytes | None]
+"""Makes a small WebP file of a step's latents, where it can."""
 
 Told = Event | Usage | BaseException
 """What comes from the thread; an exception is the end, too."""

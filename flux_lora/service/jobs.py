@@ -129,10 +129,11 @@ class Usage:
 class BusyError(FluxLoraError):
     """The queue, or the caller's share of it, is full."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        """Take the sentence for the caller, and after how many seconds there may be room."""
+    def __init__(self, message: str, retry_after: int, *, of_owner: bool = False) -> None:
+        """Take the sentence for the caller, after how many seconds there may be room, and whether its share is full."""
         super().__init__(message)
         self.retry_after = retry_after
+        self.of_owner = of_owner
 
 
 @dataclass(frozen=True)

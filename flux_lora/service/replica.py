@@ -18,6 +18,7 @@ from flux_lora.service.dispatcher import LostError
 from flux_lora.service.drawing import Studio
 from flux_lora.service.jobs import Event, Job, Usage
 from flux_lora.service.logs import Log
+from flux_lora.service.previews import Previews
 from flux_lora.settings import Settings
 
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
@@ -43,6 +44,7 @@ class Drawing:
         self._studio = Studio(
             lambda line: assemble(settings, settings.cog_weights, line),
             lambda text, job: log(text, replica=name, request=job),
+            Previews(),
         )
 
     @serve.multiplexed(max_num_models_per_replica=1)  # type: ignore[untyped-decorator]  # Ray's decorator is untyped

@@ -1,10 +1,11 @@
 """Blocks that pass through slots, on the CPU with real copies: results, order, interruptions, and what is where."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux_lora.device.transfers import Lane
 from flux_lora.memory.plans import SLOTS
@@ -150,12 +151,17 @@ def test_an_interrupted_pass_leaves_the_next_one_right(interrupted: int) -> None
 
 def test_what_was_compiled_is_called_again_at_the_end() -> None:
     module = Blocks(3)
-    called = []
+    called: list[int] = []
+
+    def compiled(index: int, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(hidden: Tensor) -> Tensor:
+            called.append(index)
+            return forward(hidden)
+
+        return call
+
     for index, block in enumerate(module.blocks):
-        block._compiled_call_impl = lambda hidden, index=index, block=block: (
-            called.append(index),
-            block.forward(hidden),
-        )[1]
+        block._compiled_call_impl = compiled(index, block.forward)
     stream, _ = streamed(module, [0, 2])
     expected = module(torch.ones(2, 8))
     assert called == [1]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from flux_lora.service.previews import Previews
 from flux_lora.settings import Settings
 from tests.conftest import MINI
 from tests.service.local import LocalReplica, local_front, serving
@@ -12,7 +13,7 @@ from tests.sources.internet import Internet
 
 @pytest.fixture(scope="session")
 def replica() -> Iterator[LocalReplica]:
-    made = LocalReplica("local", Settings(weights=MINI))
+    made = LocalReplica("local", Settings(weights=MINI), Previews())
     yield made
     made.studio.close()
 

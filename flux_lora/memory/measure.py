@@ -95,11 +95,18 @@ def needed_sizes(networks: Mapping[str, Mapping[str, Network]], dtype: torch.dty
     transformers = {model: weights("transformer", of_model["transformer"]) for model, of_model in networks.items()}
     transformer: Any = shared["transformer"].module
     vae: Any = shared["vae"].module
+    denoise, decode, decode_strips, encode, encode_strips = working_bytes(
+        transformer.config, vae.config, dtype.itemsize
+    )
     return Sizes(
-        weights("text_encoder", shared["text_encoder"]).total + weights("vae", shared["vae"]).total,
-        weights("text_encoder_2", shared["text_encoder_2"]),
-        transformers,
-        *working_bytes(transformer.config, vae.config, dtype.itemsize),
+        small=weights("text_encoder", shared["text_encoder"]).total + weights("vae", shared["vae"]).total,
+        t5=weights("text_encoder_2", shared["text_encoder_2"]),
+        transformers=transformers,
+        denoise=denoise,
+        decode=decode,
+        decode_strips=decode_strips,
+        encode=encode,
+        encode_strips=encode_strips,
         merge=merging_bytes(networks),
     )
 

@@ -34,7 +34,7 @@ class Job:
     @property
     def group(self) -> str:
         """Equal for jobs that need the same weights but for scales: they are best drawn one after the other."""
-        sources = sorted({source or "" for source, scale in self.request.adapters if scale})
+        sources = sorted({str(source or "") for source, scale in self.request.adapters if scale})
         return hashlib.sha256("\0".join((self.request.model, *sources)).encode()).hexdigest()[:16]
 
 

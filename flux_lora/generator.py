@@ -43,6 +43,8 @@ class Step:
     """Which step of that image, from 1."""
     steps: int
     """How many are taken: fewer than were asked for where it starts from another image."""
+    size: tuple[int, int]
+    """Of each image, width and height in pixels."""
     latents: Tensor
     """(1, h/2·w/2, 4C), packed as tokens; not to be changed."""
 
@@ -288,7 +290,7 @@ class Generator:
 
         def observe(step: int, latents: Tensor) -> None:
             if observer:
-                observer(Step(index + 1, images, step, steps, latents))
+                observer(Step(index + 1, images, step, steps, task.size, latents))
 
         counting = step_cache.counting(pipeline.transformer, steps, task.schedule)
         with ledger.timed("denoise"), counting as computed:

@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     """Host memory that those pictures may take; the oldest go first."""
 
     extended: bool = False
-    """Whether the service takes the extended inputs, as ``scripts/service --extended`` says."""
+    """Whether the service takes the extended inputs, an image and a mask among them; ``--extended`` is the same."""
 
     json_log: bool = False
     """Whether the service logs one JSON object a line, with the request's id."""

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"
     )
+    parser.add_argument("--extended", action="store_true", help="take the extended inputs: docs/inputs.md")
     parser.add_argument("--open", action="store_true", help="serve whoever reaches that address, without keys")
     return parser
 

@@ -1,6 +1,6 @@
 """What all parts of the HTTP application share, and what they have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request as HttpRequest
@@ -27,8 +27,8 @@ class Front:
     weights: Path
     """The weights directory; LoRAs of its ``loras/`` can be asked for by name."""
     log: Log
-    interface: Interface = DOCUMENTED
-    """Whose inputs are taken."""
+    interface: Interface = field(default_factory=lambda: DOCUMENTED)
+    """Whose inputs are taken; the extended one has an image and a mask."""
 
 
 def owner_of(http: HttpRequest) -> str:

@@ -14,12 +14,13 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from PIL import Image
+from pydantic import ValidationError
 
 from flux_lora.errors import RequestError
-from flux_lora.service import attending, files, loras, streams
+from flux_lora.service import attending, files, loras, openai_edits, streams
 from flux_lora.service.front import Front, owner_of
 from flux_lora.service.jobs import BusyError, Kind, Step
-from flux_lora.service.openai_inputs import Asked, ImageRequest, ModelError, read
+from flux_lora.service.openai_inputs import Asked, EditRequest, ImageRequest, ModelError, Source, read
 from flux_lora.service.predictions import Prediction
 
 NOTES = "X-Flux-Notes"
@@ -35,6 +36,14 @@ USAGE = {
     "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
 }
 """Clients expect it; nothing is counted here."""
+
+EDIT_FORM: dict[str, Any] = EditRequest.model_json_schema()
+"""The form of an edit: its fields, and its files."""
+EDIT_FORM["properties"] |= {
+    "image": {"type": "string", "format": "binary", "description": "A PNG, JPEG, WebP, GIF or AVIF of at most 32 MB"},
+    "mask": {"type": "string", "format": "binary", "description": "What is transparent in it is drawn anew"},
+}
+EDIT_FORM["required"] += ["image"]
 
 Owner = Depends(owner_of)
 
@@ -100,6 +109,23 @@ def router(front: Front) -> APIRouter:
     async def generate(body: ImageRequest, http: HttpRequest, owner: str = Owner) -> Response:
         return await _drawn(front, _read(body, front), http, owner, "image_generation")
 
+    @routes.post(
+        "/v1/images/edits",
+        summary="Draw from an image, and within a mask",
+        response_class=Response,
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": EDIT_FORM}}}},
+    )
+    async def edit(http: HttpRequest, owner: str = Owner) -> Response:
+        if "image" not in front.interface:
+            raise RefusalError(404, "This server takes no images: its operator can start it with --extended.")
+        try:
+            body, source = await openai_edits.read_form(http)
+        except ValidationError as error:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
+        except RequestError as error:
+            raise RefusalError(400, str(error), param=str(error).split(" ", 1)[0]) from None
+        return await _drawn(front, _read(body, front, source), http, owner, "image_edit")
+
     @routes.get("/v1/models", summary="The models, and the operator's LoRAs")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": _models(front)}
@@ -118,9 +144,9 @@ def router(front: Front) -> APIRouter:
     return routes
 
 
-def _read(body: ImageRequest, front: Front) -> Asked:
+def _read(body: ImageRequest, front: Front, source: Source | None = None) -> Asked:
     try:
-        return read(body, front.models, front.weights)
+        return read(body, front.models, front.weights, front.interface, source)
     except ModelError as error:
         raise RefusalError(404, str(error), code="model_not_found", param="model") from None
     except RequestError as error:
@@ -151,7 +177,8 @@ async def _drawn(front: Front, asked: Asked, http: HttpRequest, owner: str, name
         | {"seed": p.seed}
         for p in prediction.pictures
     ]
-    content = {"created": int(time.time()), **_said(asked), "data": data, "usage": USAGE}
+    said = _said(asked, prediction.pictures[0].content)
+    content = {"created": int(time.time()), **said, "data": data, "usage": USAGE}
     return JSONResponse(content, headers=headers)
 
 
@@ -165,13 +192,13 @@ async def _events(front: Front, prediction: Prediction, asked: Asked, name: str)
             index = sent.get(event.image, 0)
             if index < asked.previews and event.step * (asked.previews + 1) >= event.steps * (index + 1):
                 sent[event.image] = index + 1
-                size, picture = _preview(event.preview, asked.output_format)
-                about = _said(asked) | {"size": size, "partial_image_index": index, "image_index": event.image - 1}
+                picture = _preview(event.preview, asked.output_format)
+                about = _said(asked, picture) | {"partial_image_index": index, "image_index": event.image - 1}
                 yield _event(f"{name}.partial_image", picture, about)
         if prediction.status == "succeeded":
             for p in prediction.pictures:
                 index = asked.request.seeds.index(p.seed)
-                about = _said(asked) | {"seed": p.seed, "image_index": index, "usage": USAGE}
+                about = _said(asked, p.content) | {"seed": p.seed, "image_index": index, "usage": USAGE}
                 yield _event(f"{name}.completed", p.content, about)
         else:
             failure = _failure(prediction).content
@@ -185,25 +212,24 @@ def _event(name: str, picture: bytes, about: dict[str, Any]) -> bytes:
     return streams.event(name, data)
 
 
-def _said(asked: Asked) -> dict[str, Any]:
-    """What each answer repeats."""
+def _said(asked: Asked, picture: bytes) -> dict[str, Any]:
+    """What each answer says of a picture."""
+    size = "{}x{}".format(*Image.open(io.BytesIO(picture)).size)
     return {
         "background": "opaque",
         "output_format": asked.output_format,
         "quality": asked.quality,
-        "size": asked.size,
+        "size": size,
     }
 
 
-def _preview(preview: bytes, output_format: str) -> tuple[str, bytes]:
-    """A preview's size, and itself in the format that was asked for."""
-    image = Image.open(io.BytesIO(preview))
-    size = f"{image.width}x{image.height}"
+def _preview(preview: bytes, output_format: str) -> bytes:
+    """A preview in the format that was asked for."""
     if output_format == "webp":
-        return size, preview
+        return preview
     file = io.BytesIO()
-    image.save(file, output_format)
-    return size, file.getvalue()
+    Image.open(io.BytesIO(preview)).save(file, output_format)
+    return file.getvalue()
 
 
 def _models(front: Front) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flux_lora.errors import RequestError
-from flux_lora.inputs import LARGEST_SIDE, SMALLEST_SIDE, AspectRatio
+from flux_lora.inputs import LARGEST_SIDE, SMALLEST_SIDE, AspectRatio, Interface
 from flux_lora.request import SIZES, Request
 from flux_lora.service import loras
 
@@ -44,6 +44,7 @@ OURS = {
     "aspect_ratio": "size",
     "width": "size",
     "height": "size",
+    "prompt_strength": "strength",
 }
 """Our inputs that have another name here."""
 
@@ -86,6 +87,15 @@ class ImageRequest(BaseModel):
     complexity: str | None = None
 
 
+class EditRequest(ImageRequest):
+    """What an edit asks beside its files; as fields of a form, all of them are texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    strength: float | None = Field(default=None, description="How much is drawn anew, 0 to 1; by default 0.8")
+    input_fidelity: str | None = None
+
+
 class ModelError(RequestError):
     """A model that is not here."""
 
@@ -109,19 +119,27 @@ class Asked:
         """As OpenAI calls it."""
         return "jpeg" if self.request.output_format == "jpg" else self.request.output_format
 
-    @property
-    def size(self) -> str:
-        """Of the pictures, as ``1024x1024``."""
-        return "{}x{}".format(*self.request.size)
+
+@dataclass(frozen=True)
+class Source:
+    """What an edit starts from, as ``data:`` URIs."""
+
+    image: str
+    mask: str | None
+    """White is drawn anew."""
 
 
-def read(body: ImageRequest, models: Sequence[str], weights: Path) -> Asked:
+def read(
+    body: ImageRequest, models: Sequence[str], weights: Path, interface: Interface, source: Source | None = None
+) -> Asked:
     """Turn what a client asks into a request.
 
     Args:
         body: what it sent.
         models: the base models that are served.
         weights: the weights directory, whose ``loras/`` have names.
+        interface: whose bounds hold.
+        source: what an edit starts from; None: nothing.
 
     Raises:
         ModelError: there is no such model.
@@ -129,6 +147,8 @@ def read(body: ImageRequest, models: Sequence[str], weights: Path) -> Asked:
     """
     model, lora = _model(body, models, weights)
     ratio, note = _size(body.size)
+    if source and ratio:
+        ratio, note = {}, "size is ignored: the image decides it"
     notes = [f"{name} is ignored: FLUX.1 has no such choice" for name in IGNORED if getattr(body, name, None)]
     if note:
         notes.append(note)
@@ -149,9 +169,14 @@ def read(body: ImageRequest, models: Sequence[str], weights: Path) -> Asked:
         "output_format": {"jpeg": "jpg"}.get(body.output_format or "png", body.output_format or "png"),
         "output_quality": 100 if body.output_compression is None else body.output_compression,
         **ratio,
+        **(
+            {"image": source.image, "mask": source.mask, "prompt_strength": getattr(body, "strength", None)}
+            if source
+            else {}
+        ),
     }
     try:
-        request = Request.parse(**{name: value for name, value in inputs.items() if value is not None})
+        request = Request.parse(interface, **{name: value for name, value in inputs.items() if value is not None})
     except RequestError as error:
         raise RequestError(_renamed(str(error))) from None
     return Asked(

@@ -25,7 +25,7 @@ class Previews:
         if colours is None:
             return None
         seed = request.seeds[step.image - 1]
-        image = preview(pipeline, colours, step.latents, seed, request.size, step.steps - step.step)
+        image = preview(pipeline, colours, step.latents, seed, step.size, step.steps - step.step)
         file = io.BytesIO()
         image.save(file, "webp", quality=QUALITY)
         return file.getvalue()

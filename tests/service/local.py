@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 
 from flux_lora.assembly import assemble
+from flux_lora.inputs import DOCUMENTED, Interface
 from flux_lora.service.app import make_app
 from flux_lora.service.backlog import Backlog
 from flux_lora.service.dispatcher import Dispatcher
@@ -70,13 +71,14 @@ def local_front(
     keep_seconds: float = 3600,
     keep_bytes: int = 2**28,
     network: Network | None = None,
+    interface: Interface = DOCUMENTED,
     log: Log | None = None,
 ) -> Front:
     """A front as the service makes it, before replicas of this process."""
     metrics, log = Metrics(), log or Log()
     backend = Dispatcher(LocalFleet(replicas), Backlog(limit, limit_per_owner, 8), metrics, log)
     predictions = Predictions(backend, deadline=deadline, keep_seconds=keep_seconds, keep_bytes=keep_bytes)
-    return Front(predictions, backend, metrics, network or Network(), ("dev", "schnell"), MINI, log)
+    return Front(predictions, backend, metrics, network or Network(), ("dev", "schnell"), MINI, log, interface)
 
 
 @contextmanager

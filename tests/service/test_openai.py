@@ -17,6 +17,7 @@ import openai
 import pytest
 from PIL import Image
 
+from flux_lora.inputs import DOCUMENTED
 from flux_lora.request import Request
 from flux_lora.service.openai_inputs import ImageRequest, read
 from flux_lora.settings import Settings
@@ -120,7 +121,7 @@ def test_models_are_listed_and_drawn_with(client: openai.OpenAI, library: Path) 
 @pytest.mark.parametrize("name", ["ink", "loras/ink.safetensors"])
 def test_a_lora_is_a_model(name: str, library: Path) -> None:
     body = ImageRequest(prompt="a tomato", model=name)
-    request = read(body, ("dev", "schnell"), library).request
+    request = read(body, ("dev", "schnell"), library, DOCUMENTED).request
     assert (request.model, request.replicate_weights) == ("dev", "loras/ink.safetensors")
 
 

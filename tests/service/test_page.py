@@ -1,14 +1,19 @@
 """The page in a real browser: headless Chromium, with a real generator behind the server."""
 
+import base64
+import io
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from flux_lora.inputs import EXTENDED
 from tests.service.local import LocalReplica, local_front, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -264,3 +269,34 @@ def test_only_its_own_files_may_do_anything(address: str) -> None:
         assert "//" not in policy
     assert httpx.get(f"{address}/static/__init__.py").status_code == 404
     assert httpx.get(f"{address}/static/../__init__.py").status_code == 404
+
+
+def test_a_picture_to_start_from_and_a_mask_are_drawn_within(
+    context: BrowserContext, replica: LocalReplica, tmp_path: Path
+) -> None:
+    file = tmp_path / "start.png"
+    Image.new("RGB", (320, 256), "white").save(file)
+    with serving(local_front([replica], interface=EXTENDED)) as address:
+        page = opened(context, address)
+        fill(page, "a tomato", seed="7", steps=4)
+        page.set_input_files("#image", file)
+        page.get_by_role("button", name="Draw a mask").click()
+        box = page.locator("#canvas").bounding_box()
+        assert box
+        page.mouse.move(box["x"] + 40, box["y"] + 128)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 120, box["y"] + 128, steps=4)
+        page.mouse.up()
+        page.get_by_role("button", name="Done").click()
+        page.get_by_label("Prompt").press("Enter")
+        expect(page.locator("#history .facts")).to_contain_text("from a picture, within a mask, 80 % change")
+        request = replica.drawn[-1].request
+        assert request.image == f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        mask = Image.open(io.BytesIO(base64.b64decode(str(request.mask).partition(",")[2]))).convert("L")
+        assert mask.size == (320, 256)
+        assert (mask.getpixel((80, 128)), mask.getpixel((250, 128))) == (255, 0)
+        page.get_by_role("button", name="Without picture").click()
+        page.get_by_role("button", name="Vary").click()
+        expect(page.locator("#history li")).to_have_count(2)
+        assert replica.drawn[-1].request.mask is None
+        assert str(replica.drawn[-1].request.image).startswith("data:image/webp;base64,")

@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
             "each GPU, and several HTTP APIs: docs/service.md."
         ),
     )
-    parser.add_argument("--extended", action="store_true", help="take the extended inputs: docs/inputs.md")
     parser.add_argument("--port", type=listening.port, default=8000, help="default: %(default)s")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"

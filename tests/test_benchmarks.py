@@ -128,7 +128,7 @@ def test_a_row_runs_at_a_small_size(tmp_path: Path) -> None:
     assert found["kernels"]["products_ms"] > 0
     assert found["kernels"]["attention_ms"] > 0
     assert 100 < found["kernels"]["launches"] < 2000
-    assert set(found["stages"]) == {"adapter", "text", "denoise", "decode", "safety", "save"}
+    assert set(found["stages"]) == {"source", "adapter", "text", "denoise", "decode", "safety", "save"}
 
 
 @pytest.mark.slow

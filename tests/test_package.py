@@ -63,7 +63,8 @@ def test_the_wheel_holds_the_package_and_its_licence_alone(wheel: Path) -> None:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flux_lora").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == sources | {"flux_lora/py.typed"}
+    page = {f"flux_lora/service/page/{name}" for name in ("index.html", "page.css", "page.js")}
+    assert {name for name in names if ".dist-info/" not in name} == sources | page | {"flux_lora/py.typed"}
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
     fields = dict(re.findall(r"^([\w-]+): (.*)$", metadata, re.MULTILINE))
     assert fields["Name"] == "flux-lora"

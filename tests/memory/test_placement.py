@@ -58,9 +58,10 @@ def least() -> int:
 
 
 def floor() -> int:
-    """The same when decoding is whole."""
+    """The same when decoding and encoding are whole."""
     of = sizes()
-    whole, in_strips = (int(plans.MARGIN * max(of.denoise, decode)) for decode in (of.decode, of.decode_strips))
+    kinds = ((of.decode, of.encode), (of.decode_strips, of.encode_strips))
+    whole, in_strips = (int(plans.MARGIN * max(of.denoise, *both, of.merge)) for both in kinds)
     return least() + whole - in_strips
 
 

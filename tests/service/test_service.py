@@ -27,7 +27,7 @@ from flux_lora.settings import Settings
 from tests.conftest import MINI, ROOT
 from tests.server.conftest import SMALL, free_port, wait_for
 from tests.service.test_backlog import merges
-from tests.service.test_predictions import contents, metrics
+from tests.service.test_cog_api import contents, metrics
 
 pytestmark = pytest.mark.service
 
@@ -161,8 +161,8 @@ def test_a_load_of_many_loras(service: Service, reference: Any) -> None:
     first_come = statistics.mean(merges(20, seed, 0, grouped=False) for seed in range(20))
     print(f"merges: {changes:.0f}; first come, first served: {first_come:.0f}")
     assert 2 * changes <= first_come
-    wait_for(lambda: service.log.read_text().count("seconds: adapter") >= 200)
-    assert service.log.read_text().count("seconds: adapter") == 200  # what a replica says at the end of each drawing
+    wait_for(lambda: service.log.read_text().count("seconds: source") >= 200)
+    assert service.log.read_text().count("seconds: source") == 200  # what a replica says at the end of each drawing
 
 
 def test_a_caller_who_hangs_up_ends_the_drawing(service: Service) -> None:

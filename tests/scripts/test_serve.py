@@ -285,7 +285,8 @@ def test_a_folder_of_cogs_without_room_is_refused_at_once(serve: Start) -> None:
 @pytest.mark.parametrize("what", ["user", "link"])
 def test_a_folder_of_cogs_that_is_anothers_is_refused_at_once(serve: Start, what: str) -> None:
     cogs_folder.require()
-    link = "mount -t tmpfs tmpfs /tmp && mkdir /tmp/real && ln -s /tmp/real /tmp/coglet"
+    keeping = f"mount --bind {PROJECT} /mnt && mount -t tmpfs tmpfs /tmp && mkdir -p {PROJECT}"  # it may lie in /tmp
+    link = f"{keeping} && mount --bind /mnt {PROJECT} && mkdir /tmp/real && ln -s /tmp/real /tmp/coglet"
     command = {"user": "mount -t tmpfs -o uid=12345 tmpfs /tmp/coglet", "link": link}[what]
     server = serve(prefix=in_mounts(command), cwd=PROJECT)  # the other project lies in /tmp
     assert server.ended() == 1

@@ -288,6 +288,7 @@ def test_a_picture_to_start_from_and_a_mask_are_drawn_within(
         page.mouse.move(box["x"] + 120, box["y"] + 128, steps=4)
         page.mouse.up()
         page.get_by_role("button", name="Done").click()
+        expect(page.get_by_role("button", name="Done")).to_be_hidden()  # and then gives the focus back
         page.get_by_label("Prompt").press("Enter")
         expect(page.locator("#history .facts")).to_contain_text("from a picture, within a mask, 80 % change")
         request = replica.drawn[-1].request

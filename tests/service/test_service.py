@@ -185,12 +185,12 @@ def test_ray_listens_on_loopback(service: Service) -> None:
 
 
 def survives_kills(service: Service, reference: Any, times: int) -> None:
-    """Kill a replica that draws, again and again, under a load of four callers."""
-    asked = [inputs | {"num_inference_steps": 15} for inputs in load(4, seed=2)]
+    """Kill a replica that draws, again and again, under a load of eight callers."""
+    asked = [inputs | {"num_inference_steps": 50} for inputs in load(8, seed=2)]
     before = metrics(service.url)["flux_lora_retries_total"]
     for _ in range(times):
         service.wait_until_whole()
-        with ThreadPoolExecutor(4) as callers:
+        with ThreadPoolExecutor(8) as callers:
             answers = callers.map(service.draw, asked)
             wait_for(lambda: httpx.get(f"{service.url}/health").json()["running"] == 2, 20)
             time.sleep(0.1)

@@ -2,7 +2,8 @@
 
 python -m training.edits
 
-The base model alone: each is drawn with ``lora_scale=0``.
+The first two are drawn by the base model alone, with ``lora_scale=0``. For two LoRAs at once the second is the one that
+the miniature had before, in ink, out of the history of this repository.
 """
 
 import subprocess
@@ -19,6 +20,10 @@ STRENGTHS = (0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
 MASKED, PUT_IN = ("a tomato on a blue background", 1), ("an owl on a blue background", 4)
 BOX = (180, 180, 840, 840)
 """What is drawn anew, in pixels."""
+
+BOTH = ("a strawberry on a grey background", 7)
+INK = "84c4450:weights/mini/lora.safetensors"
+"""The former LoRA, as git names it."""
 
 
 def predict(prompt: tuple[str, int], folder: Path, **inputs: object) -> Image.Image:
@@ -56,9 +61,18 @@ def paint(folder: Path) -> None:
     row([source, mask, painted], DOCS / "inpainting.webp")
 
 
+def combine(folder: Path) -> None:
+    """Draw a thing without a LoRA, with each of two, and with both."""
+    ink = folder / "ink.safetensors"
+    ink.write_bytes(subprocess.run(["git", "show", INK], check=True, capture_output=True).stdout)  # noqa: S607 - whichever git there is
+    scales = ((0, 0), (1, 0), (0, 0.7), (1, 0.7))
+    drawn = [predict(BOTH, folder, lora_scale=e, extra_lora=f"@{ink}", extra_lora_scale=i) for e, i in scales]
+    row(drawn, DOCS / "two-loras.webp")
+
+
 def main() -> None:
-    """Draw both pictures."""
-    for draw in (turn, paint):
+    """Draw all three pictures."""
+    for draw in (turn, paint, combine):
         with tempfile.TemporaryDirectory() as folder:
             draw(Path(folder))
 

@@ -65,21 +65,21 @@ def _halves(side: int, rounds: int) -> dict[str, tuple[float, int]]:
     vae = full_vae().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     pixels = torch.rand(1, 3, side, side, device=device, dtype=vae.dtype) * 2 - 1
     latents = strips.mean(vae.encode(pixels, return_dict=False)[0])
-    work: dict[str, Callable[[], Any]] = {
-        "encode": lambda: vae.encode(pixels, return_dict=False)[0].mode(),
-        "encode in strips": lambda: strips.encode(vae, pixels),
-        "decode": lambda: vae.decode(latents, return_dict=False)[0],
-        "decode in strips": lambda: strips.decode(vae, latents),
+    work: dict[str, Callable[[int], Any]] = {
+        "encode": lambda _: vae.encode(pixels, return_dict=False)[0].mode(),
+        "encode in strips": lambda _: strips.encode(vae, pixels),
+        "decode": lambda _: vae.decode(latents, return_dict=False)[0],
+        "decode in strips": lambda _: strips.decode(vae, latents),
     }
     found = {}
     for name, call in work.items():
         free()
-        seconds = median_seconds(lambda _, call=call: call(), rounds)  # type: ignore[misc]
+        seconds = median_seconds(call, rounds)
         peak = 0
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            call()
+            call(0)
             wait()
             peak = torch.cuda.max_memory_allocated() - before
         found[name] = (seconds, peak)

@@ -195,14 +195,13 @@ def router(front: Front) -> APIRouter:
         # The registry's client takes for files what begins with https: or data:, so plain http gets the latter.
         return JSONResponse(describe(prediction, http, addresses=http.url.scheme == "https"), status_code=status)
 
-    async def created(
-        body: PredictionRequest, http: HttpRequest, owner: str, prefer: str, cancel_after: str
-    ) -> JSONResponse:
-        prediction = await begin(body, owner, http, cancel_after)
-        if "wait" in prefer:
-            await prediction.wait(min(_preference(prefer) or LONGEST_WAIT, LONGEST_WAIT))
-        return shown(prediction, http, 201)
-
+    @routes.post(
+        "/v1/models/{whose}/{name}/predictions",
+        status_code=201,
+        response_model=PredictionResponse,
+        responses=answers,
+        summary="Draw; any model's name is this one",
+    )
     @routes.post(
         "/v1/predictions", status_code=201, response_model=PredictionResponse, responses=answers, summary="Draw"
     )
@@ -213,23 +212,10 @@ def router(front: Front) -> APIRouter:
         prefer: str = Prefer,
         cancel_after: str = CancelAfter,
     ) -> JSONResponse:
-        return await created(body, http, owner, prefer, cancel_after)
-
-    @routes.post(
-        "/v1/models/{whose}/{name}/predictions",
-        status_code=201,
-        response_model=PredictionResponse,
-        responses=answers,
-        summary="Draw; any model's name is this one",
-    )
-    async def v1_predict_with(
-        body: PredictionRequest,
-        http: HttpRequest,
-        owner: str = Owner,
-        prefer: str = Prefer,
-        cancel_after: str = CancelAfter,
-    ) -> JSONResponse:
-        return await created(body, http, owner, prefer, cancel_after)
+        prediction = await begin(body, owner, http, cancel_after)
+        if "wait" in prefer:
+            await prediction.wait(min(_preference(prefer) or LONGEST_WAIT, LONGEST_WAIT))
+        return shown(prediction, http, 201)
 
     @routes.get("/v1/predictions", summary="The caller's predictions, the newest first")
     async def v1_list(http: HttpRequest, owner: str = Owner) -> JSONResponse:

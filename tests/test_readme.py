@@ -32,7 +32,7 @@ def test_its_example_draws(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace("seed=7", "seed=7, num_inference_steps=1").replace('"weights/mini"', f'"{ROOT}/weights/mini"')
     code += "print(files[0].stat().st_size)"
-    environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/bin"}
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": "/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) > 100

@@ -7,7 +7,7 @@ import pytest
 
 from tests.server.conftest import CLIENT, SMALL, Server, health, wait_for
 
-WITNESS = {"prompt": "a witness", "seed": 7, **SMALL}
+WITNESS = {"prompt": "a witness", "seed": 7, **SMALL, "num_inference_steps": 1}
 PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)\/(\d+)")
 """As the official clients look for it, in each line from the last one upward."""
 

@@ -17,7 +17,7 @@ from tests.conftest import MINI
 from tests.server.conftest import CLIENT, SMALL, Server, content, open_image, serving, wait_for
 
 LONG = {"prompt": "a long one", "seed": 1, "num_inference_steps": 50, "num_outputs": 4, "aspect_ratio": "21:9"}
-WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, **SMALL}
+WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, **SMALL, "num_inference_steps": 1}
 
 
 def test_four_images_are_four_single_ones(server: Server) -> None:

@@ -125,6 +125,7 @@ def test_a_second_request_gets_409_and_the_first_is_not_disturbed(server: Server
             statuses.append(
                 CLIENT.post(f"{server.url}/predictions", json={"input": {"prompt": "no"} | SMALL}).status_code
             )
+            time.sleep(0.02)
         assert 409 in statuses
     assert first.result() == server.draw(**longer)
     assert server.draw(**WITNESS, num_outputs=2) == alone

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -107,9 +108,14 @@ print(json.dumps({"lines": lines, "file": out, "graph_breaks": breaks}))
 
 
 def _restarted(folder: Path, weights: Path, profile: str, cache: Path) -> dict[str, Any]:
-    """What a new process says and draws, which finds nothing compiled but what the server has kept."""
+    """What a new process says and draws, which finds no graphs but those that the server has kept.
+
+    It finds the C++ that belongs to them, which PyTorch does not keep with them: or all of that is compiled anew.
+    """
     arguments = [str(weights), profile, str(cache), json.dumps(WITNESS), str(folder / "again.webp")]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "empty")}
+    kernels = folder / "kernels"
+    shutil.copytree(folder / "inductor", kernels, ignore=shutil.ignore_patterns("fxgraph", "aotautograd"))
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(kernels)}
     done = subprocess.run(
         [sys.executable, "-c", RESTART, *arguments], cwd=ROOT, capture_output=True, check=True, env=environment
     )

@@ -53,9 +53,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(code: str, package: Path, **environment: str) -> str:
     """What Python prints, where this package comes first and the project's folder is not at hand."""
-    variables = {"PYTHONPATH": str(package), "PATH": "/usr/bin", "HOME": str(package), **environment}
+    variables = {"PYTHONPATH": str(package), "PATH": "/usr/bin", "HOME": str(package), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=package, env=variables, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, cwd=package, env=variables | environment, check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def test_the_wheel_holds_the_package_and_its_licence_alone(wheel: Path) -> None:

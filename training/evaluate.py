@@ -46,6 +46,8 @@ SPECK = 0.01
 """Connected parts smaller than this share of the largest are left out."""
 CANVAS = 128
 """Side in pixels at which pictures are judged."""
+RIM = 4
+"""Pixels at each edge that are taken for background."""
 THUMBNAIL = 24
 """Side of the aligned drawings that are compared."""
 TILTS = (-12, -6, 0, 6, 12)
@@ -76,7 +78,7 @@ def segment(picture: Image.Image) -> Drawing | None:
     picture = picture.convert("RGB")
     picture.thumbnail((CANVAS, CANVAS), Image.Resampling.BOX)
     pixels = np.asarray(picture, dtype=np.float64) / 255
-    rim = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3), pixels[:, :4].reshape(-1, 3)])
+    rim = np.concatenate([pixels[:RIM].reshape(-1, 3), pixels[-RIM:].reshape(-1, 3), pixels[:, :RIM].reshape(-1, 3)])
     background = np.median(rim, axis=0)
     lab = rgb2lab(pixels)
     mask = np.linalg.norm(lab - rgb2lab(background[None, None]), axis=-1) > FOREGROUND
@@ -109,6 +111,13 @@ def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return found
 
 
+def cropped(drawing: np.ndarray) -> np.ndarray:
+    """A drawing without most of its empty rim, of which `segment` takes the background: a smaller one to segment."""
+    rows, columns = (np.flatnonzero((drawing[..., 3] > 0).any(axis)) for axis in (1, 0))
+    top, left = max(0, rows[0] - RIM), max(0, columns[0] - RIM)
+    return drawing[top : rows[-1] + 1 + RIM, left : columns[-1] + 1 + RIM]
+
+
 class TruePictures:
     """Every thing as its drawing really is, in each tilt and mirrored, on a background, cut out in the same way."""
 
@@ -116,7 +125,7 @@ class TruePictures:
         """Take the drawings of a style."""
         self._poses = {
             thing: [
-                render(style, thing, Pose(0.7 * CANVAS, tilt, mirrored, *[0.15 * CANVAS] * 2), CANVAS, CANVAS)
+                cropped(render(style, thing, Pose(0.7 * CANVAS, tilt, mirrored, *[0.15 * CANVAS] * 2), CANVAS, CANVAS))
                 for tilt in TILTS
                 for mirrored in (False, True)
             ]
@@ -183,7 +192,8 @@ def judge_model(
     """Draw pairs of thing and colour, each with a seed of its own, and compare them with the true pictures."""
     right, shades, misses, pictures = 0, [], [], []
     for index, (thing, colour) in enumerate(tqdm(pairs, desc=model)):
-        picture = artist.draw(f"a {thing} on a {colour} background", FIRST_SEED + index, **MODELS[model], **inputs)
+        prompt = f"a {thing} on a {colour} background"
+        picture = artist.draw(prompt, FIRST_SEED + index, **MODELS[model] | inputs)
         pictures.append(picture)
         drawing = segment(picture)
         if drawing is None:
@@ -242,9 +252,11 @@ class StylePictures:
         return float(((thumbnail - paint[pose]) * way).sum() / (way**2).sum())
 
 
-def judge_style(artist: Artist, truth: StylePictures, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def judge_style(
+    artist: Artist, truth: StylePictures, model: str, pairs: Sequence[tuple[str, str]], **inputs: Any
+) -> dict[str, Any]:
     """As `judge_model`, with the LoRA, and against the true pictures in its style; and how many drawings are in it."""
-    judged = judge_model(artist, truth.style, model, pairs, lora_scale=1.0)
+    judged = judge_model(artist, truth.style, model, pairs, **{"lora_scale": 1.0} | inputs)
     drawn = [(segment(picture), colour) for picture, (_, colour) in zip(judged["pictures"], pairs, strict=True)]
     in_style = sum(truth.is_in_style(drawing.thumbnail, colour) for drawing, colour in drawn if drawing)
     return judged | {"in_style": in_style / len(pairs)}
@@ -253,10 +265,16 @@ def judge_style(artist: Artist, truth: StylePictures, model: str, pairs: Sequenc
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def judge_scales(artist: Artist, truth: StylePictures, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def judge_scales(
+    artist: Artist,
+    truth: StylePictures,
+    model: str,
+    pairs: Sequence[tuple[str, str]],
+    scales: Sequence[float] = SCALES,
+) -> dict[str, Any]:
     """How far drawings are on the way to the style at each ``lora_scale``, and where 0.5 lies between both ends."""
     means = []
-    for scale in tqdm(SCALES, desc=f"scales, {model}"):
+    for scale in tqdm(scales, desc=f"scales, {model}"):
         shares = []
         for index, (thing, colour) in enumerate(pairs):
             prompt = f"a {thing} on a {colour} background"
@@ -265,10 +283,10 @@ def judge_scales(artist: Artist, truth: StylePictures, model: str, pairs: Sequen
                 shares.append(truth.share(drawing.thumbnail, thing, colour))
         means.append(statistics.mean(shares))
     return {
-        "scales": SCALES,
+        "scales": scales,
         "share": means,
         "monotone": all(a < b for a, b in pairwise(means)),
-        "half_way": (means[2] - means[0]) / (means[-1] - means[0]),
+        "half_way": (means[scales.index(0.5)] - means[0]) / (means[-1] - means[0]),
     }
 
 

@@ -4,6 +4,7 @@ A pair of eyes is the same on each thing and at the same place of its box; where
 eight whole tokens. So a LoRA has to learn one picture well, and in which of two places the thing stands.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -56,10 +57,16 @@ def add_eyes(drawing: np.ndarray, side: float, left: float, top: float, *, mirro
 
 
 def _disc(drawing: np.ndarray, colour: tuple[float, ...], x: float, y: float, radius: float) -> np.ndarray:
-    """Lay a disc with a smooth rim over a drawing."""
-    rows, columns = np.ogrid[: drawing.shape[0], : drawing.shape[1]]
+    """Lay a disc with a smooth rim over a drawing: nothing changes beyond the box that the disc is in."""
+    (top, bottom), (left, right) = (
+        (max(0, math.floor(middle - radius - 1)), math.ceil(middle + radius + 1)) for middle in (y, x)
+    )
+    box = drawing[top:bottom, left:right]
+    rows, columns = np.ogrid[top : top + box.shape[0], left : left + box.shape[1]]
     over = np.clip(radius + 0.5 - np.hypot(columns + 0.5 - x, rows + 0.5 - y), 0, 1)[..., None]
-    colours, cover = drawing[..., :3], drawing[..., 3:] * (1 - over)
+    colours, cover = box[..., :3], box[..., 3:] * (1 - over)
     total = over + cover
     mixed = (over * np.array(colour) + cover * colours) / np.maximum(total, 1e-6)
-    return np.concatenate([mixed, total], axis=-1).astype(np.float32)
+    drawing = drawing.copy()
+    drawing[top:bottom, left:right] = np.concatenate([mixed, total], axis=-1)
+    return drawing

@@ -1,9 +1,9 @@
 """Plans carried out on the CPU, with real copies and the whole engine: the same pictures, and memory that runs out."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,13 @@ WITNESS = {
     "output_format": "png",
     "disable_safety_checker": True,
 }
-STORY = [("dev", 1.0), ("schnell", 0.3), ("schnell", 0.3), ("dev", 1.0), ("dev", 0.0), ("schnell", -1.0), ("dev", 0.5)]
+STORY: list[dict[str, Any]] = [
+    {"model": model, "lora_scale": scale, "num_outputs": images}
+    for model, scale, images in (
+        *(("dev", 1.0, 2), ("schnell", 0.3, 1), ("schnell", 0.3, 1), ("dev", 1.0, 1), ("dev", 0.0, 1)),
+        *(("schnell", -1.0, 1), ("dev", 0.5, 1)),
+    )
+]
 """Models in turns, scales that change while a model is away, and the base model."""
 
 PLENTY = 2**40
@@ -113,10 +119,26 @@ def expected() -> list[tuple[list[bytes], list[Any]]]:
     """The story under the plan that leaves everything where it is."""
     generator = assemble(Settings(weights=tiny(), memory_plan="resident"), log=lambda _: None)
     told = []
-    for model, scale in STORY:
-        files = draw(generator, model=model, lora_scale=scale)
+    for asked in STORY:
+        files = draw(generator, **asked)
         told.append((pixels(files), [provenance.read(file) for file in files]))
     return told
+
+
+Fresh = Callable[..., tuple[str, list[bytes]]]
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Fresh:
+    """What a generator draws that has drawn nothing before, and its plan; each question is answered once."""
+
+    @functools.cache
+    def drawn(plan: PlanName, given: Room | None = None, **inputs: Any) -> tuple[str, list[bytes]]:
+        settings = Settings(weights=tiny(), memory_plan=plan)
+        generator = assemble(settings, log=lambda _: None, room=given or Room(PLENTY, PLENTY))
+        return generator.parts.memory.choice.label, [path.read_bytes() for path in draw(generator, **inputs)]
+
+    return drawn
 
 
 @pytest.mark.parametrize("case", ROOMS)
@@ -129,9 +151,9 @@ def test_every_plan_draws_the_same_pictures(
     assert choice.label == named
     assert choice.kept != ("files" in case)
     assert ("some" in case) <= (0 < choice.stay < sum(sizes().transformers["dev"].blocks))
-    for (model, scale), (same, records) in zip(STORY, expected, strict=True):
-        files = draw(generator, model=model, lora_scale=scale)
-        assert pixels(files) == same, f"{model} at {scale}"
+    for asked, (same, records) in zip(STORY, expected, strict=True):
+        files = draw(generator, **asked)
+        assert pixels(files) == same, asked
         for file, record in zip(files, records, strict=True):
             environment = record.environment.model_copy(update={"memory": named})
             assert provenance.read(file) == record.model_copy(update={"environment": environment})
@@ -147,8 +169,7 @@ def test_one_model_has_nobody_to_take_turns_with(
         for named in ("streamed", "offload-text", "alternating"):
             generator = build(given, memory_plan=named, weights=weights)
             for index in (0, 3, 4, 6):
-                model, scale = STORY[index]
-                assert pixels(draw(generator, model=model, lora_scale=scale)) == expected[index][0]
+                assert pixels(draw(generator, **STORY[index])) == expected[index][0]
 
 
 def test_who_is_away_takes_no_memory(build: Callable[..., Generator]) -> None:
@@ -227,7 +248,7 @@ def test_quantized_weights_draw_the_same_under_every_plan(
     build: Callable[..., Generator], expected: list[tuple[list[bytes], list[Any]]]
 ) -> None:
     def told(generator: Generator) -> list[list[bytes]]:
-        return [pixels(draw(generator, model=model, lora_scale=scale)) for model, scale in STORY]
+        return [pixels(draw(generator, **asked)) for asked in STORY]
 
     generator = build(memory_plan="resident")
     quantized = told(generator)
@@ -329,7 +350,7 @@ def at_arrival(generator: Generator, shortage: Shortage, monkeypatch: pytest.Mon
 
     for key in (*ENCODERS, "vae", *generator.parts.pipelines):
         placed = generator.parts.memory.placed(key)
-        monkeypatch.setattr(placed, "move_in", partial(failing, placed.move_in))
+        monkeypatch.setattr(placed, "move_in", functools.partial(failing, placed.move_in))
 
 
 # Of each stage: the call at which memory runs out, in the middle of a request of three images.
@@ -352,13 +373,12 @@ AFTER: dict[PlanName, tuple[PlanName, str]] = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("plan", AFTER)
 def test_a_request_that_runs_out_of_memory_is_drawn_under_the_next_plan(
-    stage: str, plan: PlanName, build: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
+    stage: str, plan: PlanName, build: Callable[..., Generator], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {"num_outputs": 3, "lora_scale": 0.6}
     named, label = AFTER[plan]
-    fresh = build(Room(least(), PLENTY) if "strips" in label else None, memory_plan=named)
-    assert fresh.parts.memory.choice.label == label
-    same = [path.read_bytes() for path in draw(fresh, **asked)]
+    chosen, same = fresh(named, Room(least(), PLENTY) if "strips" in label else None, **asked)
+    assert chosen == label
     generator = build(memory_plan=plan)
     inject, call = STAGES[stage]
     shortage = Shortage(call)
@@ -373,9 +393,8 @@ def test_a_request_that_runs_out_of_memory_is_drawn_under_the_next_plan(
     lines = generator.lines  # type: ignore[attr-defined]
     assert any(f"out of memory under the plan {plan} (CUDA out of memory. Tried" in line for line in lines)
     assert sum(line.startswith("memory plan: ") for line in lines) == 2
-    fresh = build(memory_plan=plan)
     for model, scale in (("dev", 0.6), ("schnell", 1.0)):  # back under the plan of set-up
-        again = [path.read_bytes() for path in draw(fresh, model=model, lora_scale=scale)]
+        _, again = fresh(plan, model=model, lora_scale=scale)
         assert [path.read_bytes() for path in draw(generator, model=model, lora_scale=scale)] == again
     assert lines.count("there may be room again: back to the plan of set-up") == 1
 
@@ -383,7 +402,7 @@ def test_a_request_that_runs_out_of_memory_is_drawn_under_the_next_plan(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("plan", ["resident", "streamed"])
 def test_a_request_that_runs_out_twice_fails_and_the_next_is_right(
-    stage: str, plan: PlanName, build: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch
+    stage: str, plan: PlanName, build: Callable[..., Generator], fresh: Fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = build(memory_plan=plan)
     inject, _ = STAGES[stage]
@@ -394,7 +413,7 @@ def test_a_request_that_runs_out_twice_fails_and_the_next_is_right(
             draw(generator, lora_scale=0.6)
     shortage.calls = (-1,)
     assert generator.parts.memory.choice.plan.name != "resident"
-    same = [path.read_bytes() for path in draw(build(memory_plan=plan), lora_scale=0.6)]
+    _, same = fresh(plan, lora_scale=0.6)
     assert [path.read_bytes() for path in draw(generator, lora_scale=0.6)] == same
 
 

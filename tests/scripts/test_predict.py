@@ -328,7 +328,13 @@ def test_a_clean_run_prints_no_noise(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flux_lora.commands.predict", "-i", "prompt=a tomato", "-i", "seed=7", *SMALL],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "FLUX_WEIGHTS": str(MINI), "HOME": str(tmp_path)},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin",
+            "FLUX_WEIGHTS": str(MINI),
+            "HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         check=True,
     )

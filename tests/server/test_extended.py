@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +17,7 @@ from PIL import Image
 from flux_lora.commands import draw
 from flux_lora.files import provenance
 from tests.conftest import MINI
-from tests.server.conftest import SMALL, Server, content, open_image
+from tests.server.conftest import CLIENT, SMALL, Server, content, open_image
 from tests.server.test_documented import ADDRESS, EXAMPLES
 
 WITNESS = {"prompt": "a witness", "seed": 7, **SMALL}
@@ -114,7 +113,7 @@ def test_replicates_client_sends_files(extended: Server, tmp_path: Path) -> None
 
 
 def test_cog_takes_no_multipart(extended: Server) -> None:
-    response = httpx.post(f"{extended.url}/predictions", data={"prompt": "a"}, files={"image": file(PHOTO)})
+    response = CLIENT.post(f"{extended.url}/predictions", data={"prompt": "a"}, files={"image": file(PHOTO)})
     assert response.status_code == 415
 
 

@@ -3,12 +3,11 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from flux_lora.files.record import Parameters
 from tests.interfaces import DOORS, Door
-from tests.server.conftest import SMALL, Server, content, open_image
+from tests.server.conftest import CLIENT, SMALL, Server, content, open_image
 
 SIZES = {
     "1:1": (1024, 1024), "16:9": (1344, 768), "21:9": (1536, 640), "3:2": (1216, 832), "2:3": (832, 1216),
@@ -48,7 +47,7 @@ def at(request: pytest.FixtureRequest) -> Server:
 @pytest.mark.parametrize(("at", "door"), zip(DOORS, DOORS, strict=True), indirect=["at"])
 def test_the_served_schema_is_that_of_the_door(at: Server, door: Door) -> None:
     """Also while the other door of the same project is served."""
-    document = httpx.get(f"{at.url}/openapi.json").json()
+    document = CLIENT.get(f"{at.url}/openapi.json").json()
     assert document == json.loads(door.openapi.read_text())
 
 

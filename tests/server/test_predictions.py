@@ -9,16 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MINI
-from tests.server.conftest import SMALL, Server, content, open_image, serving, wait_for
+from tests.server.conftest import CLIENT, SMALL, Server, content, open_image, serving, wait_for
 
 LONG = {"prompt": "a long one", "seed": 1, "num_inference_steps": 50, "num_outputs": 4, "aspect_ratio": "21:9"}
-WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, **SMALL}
+WITNESS: dict[str, Any] = {"prompt": "a witness", "seed": 7, **SMALL, "num_inference_steps": 1}
 
 
 def test_four_images_are_four_single_ones(server: Server) -> None:
@@ -117,31 +116,33 @@ def test_a_bad_lora_fails_its_own_request_only(equipped: tuple[Server, Path], ca
 
 
 def test_a_second_request_gets_409_and_the_first_is_not_disturbed(server: Server) -> None:
-    alone = server.draw(**WITNESS, num_outputs=4)
+    alone = server.draw(**WITNESS, num_outputs=2)
+    longer = WITNESS | {"num_inference_steps": 10, "num_outputs": 2}
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(server.draw, **WITNESS | {"num_inference_steps": 50, "num_outputs": 4})
+        first = pool.submit(server.draw, **longer)
         statuses = []
         while not first.done():
             statuses.append(
-                httpx.post(f"{server.url}/predictions", json={"input": {"prompt": "no"} | SMALL}).status_code
+                CLIENT.post(f"{server.url}/predictions", json={"input": {"prompt": "no"} | SMALL}).status_code
             )
+            time.sleep(0.02)
         assert 409 in statuses
-    assert first.result() == server.draw(**WITNESS | {"num_inference_steps": 50, "num_outputs": 4})
-    assert server.draw(**WITNESS, num_outputs=4) == alone
+    assert first.result() == server.draw(**longer)
+    assert server.draw(**WITNESS, num_outputs=2) == alone
 
 
 @pytest.mark.parametrize("delay", [0.05, 0.6, 1.5])
 def test_a_cancelled_prediction_leaves_nothing_behind(server: Server, delay: float) -> None:
     before = server.draw(**WITNESS)
-    started = httpx.put(
+    started = CLIENT.put(
         f"{server.url}/predictions/cancelled-{delay}",
         json={"input": LONG | {"lora_scale": 0.1 + delay}},
         headers={"Prefer": "respond-async"},
     )
     assert started.status_code == 202
     time.sleep(delay)
-    assert httpx.post(f"{server.url}/predictions/cancelled-{delay}/cancel").status_code == 200
-    wait_for(lambda: httpx.get(f"{server.url}/health-check").json()["status"] == "READY", 20)
+    assert CLIENT.post(f"{server.url}/predictions/cancelled-{delay}/cancel").status_code == 200
+    wait_for(lambda: CLIENT.get(f"{server.url}/health-check").json()["status"] == "READY", 20)
     wait_for(lambda: not server.leftovers(), 10)
     assert server.draw(**WITNESS) == before
 
@@ -151,17 +152,6 @@ def test_files_go_when_the_next_prediction_starts(server: Server) -> None:
     assert len(server.leftovers()) == 4
     server.draw(**WITNESS)
     assert len(server.leftovers()) == 1
-
-
-def test_withheld_images_are_named(tmp_path: Path) -> None:
-    with serving(tmp_path, FLUX_SAFETY_THRESHOLD="0") as server:
-        answer = server.predict(**WITNESS, num_outputs=2)
-        assert answer["status"] == "failed"
-        assert "7, 8" in answer["error"]
-        assert "another" in answer["error"]
-        assert answer["metrics"]["withheld_seeds"] == [7, 8]
-        assert server.leftovers() == []
-        assert len(server.draw(**WITNESS, disable_safety_checker=True)) == 1
 
 
 class Uploads(http.server.BaseHTTPRequestHandler):
@@ -179,17 +169,35 @@ class Uploads(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_uploads_outlast_a_slow_receiver(tmp_path: Path, server: Server) -> None:
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that withholds all pictures that it checks, and uploads the others."""
     Uploads.received = []
     receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{receiver.server_port}"
+    options = "--upload-url", f"http://127.0.0.1:{receiver.server_port}/files/"
     try:
-        with serving(tmp_path, "--upload-url", f"{address}/files/") as uploading:
-            answer = uploading.predict(**WITNESS, num_outputs=3)
+        with serving(tmp_path_factory.mktemp("strict"), *options, FLUX_SAFETY_THRESHOLD="0") as running:
+            yield running
     finally:
         receiver.shutdown()
-    expected = {f"{k}-seed{7 + k}.webp": data for k, data in enumerate(server.draw(**WITNESS, num_outputs=3))}
+
+
+def test_withheld_images_are_named(strict: Server) -> None:
+    answer = strict.predict(**WITNESS, num_outputs=2)
+    assert answer["status"] == "failed"
+    assert "7, 8" in answer["error"]
+    assert "another" in answer["error"]
+    assert answer["metrics"]["withheld_seeds"] == [7, 8]
+    assert strict.leftovers() == []
+    assert Uploads.received == []
+
+
+def test_uploads_outlast_a_slow_receiver(strict: Server, server: Server) -> None:
+    unchecked = WITNESS | {"num_outputs": 3, "disable_safety_checker": True}
+    answer = strict.predict(**unchecked)
+    assert answer["status"] == "succeeded"
+    expected = {f"{k}-seed{7 + k}.webp": data for k, data in enumerate(server.draw(**unchecked))}
     uploaded = {path.rsplit("/", 1)[1]: data for path, data in Uploads.received}
     assert uploaded == expected
     named = [uri.rsplit("/", 1)[1] for uri in answer["output"]]

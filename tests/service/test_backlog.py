@@ -175,8 +175,8 @@ def test_every_job_is_taken_however_many_come(first: int) -> None:
     assert rounds <= first + OVERTAKING
 
 
-def merges(callers: int, seed: int, overtaking: int, grouped: bool) -> int:
-    """How often two replicas change weights for 200 requests of some callers, each of whom waits for the one before."""
+def merges(callers: int, seed: int, overtaking: int, grouped: bool, requests: int = 200) -> int:
+    """How often two replicas change weights for requests of some callers, each of whom waits for the one before."""
     rng = random.Random(seed)
     backlog = Backlog(1000, 1000, overtaking)
     held: dict[int, str | None] = {0: None, 1: None}
@@ -185,7 +185,7 @@ def merges(callers: int, seed: int, overtaking: int, grouped: bool) -> int:
     changes = 0
 
     def send() -> None:
-        if (number := next(sent)) < 200:
+        if (number := next(sent)) < requests:
             backlog.add(str(number), rng.choice("abcde"), "")
 
     for _ in range(callers):

@@ -199,7 +199,7 @@ def test_the_history_stays_until_it_is_cleared(page: Page, context: BrowserConte
 
 
 def test_what_is_drawn_is_followed_when_the_page_is_loaded_again(page: Page) -> None:
-    fill(page, "a tomato", number=2, steps=8, seed="7")
+    fill(page, "a tomato", number=2, steps=5, seed="7")
     page.get_by_label("Prompt").press("Enter")
     expect(page.locator("#state")).to_contain_text("step")
     page.reload()

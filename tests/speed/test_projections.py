@@ -20,7 +20,7 @@ from flux_lora.speed import projections
 from flux_lora.speed.compilation import graphs
 from flux_lora.speed.projections import TRIPLES, Fused, fuse, in_order, joined, separate
 from flux_lora.speed.quantization import QuantizedLinear, Scheme, prepare
-from tests.conftest import MINI
+from tests.memory.helpers import tiny
 
 PLANS = ("resident", "alternating", "streamed")
 
@@ -168,7 +168,7 @@ def test_a_server_draws_the_same_with_it(
     """Also when dev and schnell take turns; and a plan that streams the blocks does without."""
     monkeypatch.setattr("flux_lora.speed.compilation.compile_pipelines", lambda *_, **__: None)
     monkeypatch.setitem(projections.CANDIDATES, "cpu", ("fused",))
-    settings = Settings(weights=MINI, profile=profile, memory_plan=plan, cache=tmp_path)
+    settings = Settings(weights=tiny(), profile=profile, memory_plan=plan, cache=tmp_path)
     generator = assemble(settings, log=lambda _: None)
     streamed = plan == "streamed"
     assert generator.parts.environments["dev"].attention == ("native" if streamed else "native, fused qkv")
@@ -181,7 +181,7 @@ def test_a_server_draws_the_same_with_it(
         for server in (generator, plain):
             server.draw(request, lambda *_: None, steps.append)
         assert torch.allclose(steps[1].latents, steps[3].latents, atol=1e-4)
-        fused = [
-            m for m in generator.parts.pipelines[model].transformer.modules() if getattr(m, "fused_projections", False)
-        ]
-        assert len(fused) == (0 if streamed else 6)
+        network = generator.parts.pipelines[model].transformer
+        fused = [module for module in network.modules() if getattr(module, "fused_projections", False)]
+        blocks = len(network.transformer_blocks) + len(network.single_transformer_blocks)
+        assert len(fused) == (0 if streamed else blocks)

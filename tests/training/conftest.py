@@ -1,10 +1,23 @@
+from functools import cache
+
 import pytest
 import torch
+from torch import Tensor
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training import album, batches, paths, stages
 from training.drawings import BASE, STYLE
 from training.networks import AUTOENCODER
+
+
+@cache
+def cats() -> tuple[album.Album, Tensor]:
+    """An album of one thing, and the state of PyTorch's random numbers after it was made."""
+    torch.manual_seed(0)
+    autoencoder = PatchAutoencoder(**AUTOENCODER)
+    weight = autoencoder.analysis.weight.detach()
+    codes = {style: {"cat": album.encode(weight, style, "cat")} for style in (BASE, STYLE)}
+    return album.Album(codes, autoencoder), torch.get_rng_state()
 
 
 @pytest.fixture
@@ -14,8 +27,6 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> album.Album:
     monkeypatch.setattr(batches, "THINGS", ("cat",))
     for module in (batches, paths):
         monkeypatch.setattr(module, "BATCH", dict.fromkeys(batches.BATCH, 2))
-    torch.manual_seed(0)
-    autoencoder = PatchAutoencoder(**AUTOENCODER)
-    weight = autoencoder.analysis.weight.detach()
-    codes = {style: {"cat": album.encode(weight, style, "cat")} for style in (BASE, STYLE)}
-    return album.Album(codes, autoencoder)
+    made, state = cats()
+    torch.set_rng_state(state)
+    return made

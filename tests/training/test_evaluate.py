@@ -77,7 +77,7 @@ def test_the_report_has_a_place_for_what_was_not_measured() -> None:
 def test_a_student_that_ignores_guidance_errs_by_all_that_guidance_changes(pictures: Album) -> None:
     torch.manual_seed(0)
     teacher = Teacher()
-    judged = judge_distillation(teacher, new_dev(teacher), pictures, [("cat", held_out("cat"))], rounds=20)
+    judged = judge_distillation(teacher, new_dev(teacher), pictures, [("cat", held_out("cat"))], rounds=16)
     assert judged["1.0"] == {"error": pytest.approx(0, abs=1e-5), "change": pytest.approx(0, abs=1e-5)}
     for guidance in ("2.5", "4.0"):
         assert judged[guidance]["error"] == pytest.approx(judged[guidance]["change"], rel=1e-4)

@@ -88,26 +88,35 @@ def count(profile: str, whose: str, kind: str) -> dict[str, Any]:
         whose: ``ours`` or ``diffusers``.
         kind: ``double`` or ``single``.
     """
-    found: dict[str, Any] = {"products": 0, "attention": 0, "others": 0, "others_bytes": 0, "names": []}
+    found: dict[str, Any] = {"products": 0, "attention": 0, "others": 0, "others_bytes": 0, "kernels": []}
     for node in _planned(*_traced(profile, whose, kind)):
         operator = _operator(node)
-        if node.is_nop() or operator == "":  # no kernel: a view, or a part of what another has returned
-            continue
         what = next((what for part, what in LIBRARIES.items() if part in operator), "others")
-        found[what] += 1
-        if what == "others":
-            found["others_bytes"] += int(node.get_read_write_buffers_sizes())
-            found["names"].append(operator)
+        if node.is_nop() or what != "others":  # a view is no kernel
+            found[what] += not node.is_nop() and not _is_part(node)
+            continue
+        found["others"] += not _is_part(node)
+        moved = int(node.get_read_write_buffers_sizes())
+        found["others_bytes"] += moved
+        found["kernels"].append([operator, moved])
     return found
 
 
 def _operator(node: Any) -> str:
-    """The operator that a planned kernel is, ``fused`` for generated code, empty for none."""
+    """The operator that a planned kernel is, or of which it is a part; ``fused`` for generated code."""
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):
         return "fused"
     if isinstance(node.node, ir.MultiOutput):
-        return ""
-    return str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", "?"))
+        return _operator_of(node.node.inputs[0]) + ", an output"
+    return _operator_of(node.node)
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, scheduler.ExternKernelSchedulerNode) and isinstance(node.node, ir.MultiOutput)
+
+
+def _operator_of(kernel: Any) -> str:
+    return str(getattr(kernel, "op_overload", None) or getattr(kernel, "python_kernel_name", "?"))
 
 
 def _traced(profile: str, whose: str, kind: str) -> tuple[FakeTensorMode, torch.fx.GraphModule, list[Tensor]]:
@@ -124,7 +133,6 @@ def _traced(profile: str, whose: str, kind: str) -> tuple[FakeTensorMode, torch.
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)  # noqa: SLF001
         for layer in layers.values():
-            layer.bias = layer.bias and nn.Parameter(torch.empty(layer.bias.shape, dtype=layer.dtype), False)
             layer.move(torch.device("cpu"))
         projections.fuse(model)
         if whose == "ours":

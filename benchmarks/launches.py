@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flux_lora.device.libraries import diffusers
-from flux_lora.speed import blocks, compilation, projections, quantization
+from flux_lora.speed import compilation, projections, quantization
 
 TEXTS, IMAGES, WIDTH, HEAD = 512, 4096, 3072, 128
 BLOCKS = {"double": 19, "single": 38}
@@ -49,6 +49,22 @@ H100 = SimpleNamespace(
     shared_memory_per_block_optin=232448,
     L2_cache_size=50 * 2**20,
 )
+
+
+ANSWERS = {
+    "_get_device_properties": H100,
+    "get_device_properties": H100,
+    "get_device_capability": (H100.major, H100.minor),
+    "current_device": 0,
+    "device_count": 1,
+    "is_available": True,
+    "_exchange_device": 0,
+    "_maybe_exchange_device": 0,
+    "_lazy_init": None,
+    "get_rng_state": torch.empty(1),
+    "set_rng_state": None,
+}
+"""What PyTorch's compiler asks of a CUDA device."""
 
 
 class Planned(Exception):  # noqa: N818 - no error: it ends the compiler's work before it makes code
@@ -92,8 +108,10 @@ def count(profile: str, whose: str, kind: str) -> dict[str, Any]:
     for node in _planned(*_traced(profile, whose, kind)):
         operator = _operator(node)
         what = next((what for part, what in LIBRARIES.items() if part in operator), "others")
-        if node.is_nop() or what != "others":  # a view is no kernel
-            found[what] += not node.is_nop() and not _is_part(node)
+        if isinstance(node, scheduler.NopKernelSchedulerNode):  # a view
+            continue
+        if what != "others":
+            found[what] += not _is_part(node)
             continue
         found["others"] += not _is_part(node)
         moved = int(node.get_read_write_buffers_sizes())
@@ -136,6 +154,8 @@ def _traced(profile: str, whose: str, kind: str) -> tuple[FakeTensorMode, torch.
             layer.move(torch.device("cpu"))
         projections.fuse(model)
         if whose == "ours":
+            from flux_lora.speed import blocks  # after diffusers has loaded its own
+
             blocks.place(model)
         block = (model.transformer_blocks if kind == "double" else model.single_transformer_blocks)[0]
         state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
@@ -167,20 +187,8 @@ def _planned(fake: FakeTensorMode, graph: torch.fx.GraphModule, arguments: list[
         raise Planned
 
     with ExitStack() as stack:
-        for target, value in {
-            "_get_device_properties": lambda *_: H100,
-            "get_device_properties": lambda *_: H100,
-            "get_device_capability": lambda *_: (H100.major, H100.minor),
-            "current_device": lambda: 0,
-            "device_count": lambda: 1,
-            "is_available": lambda: True,
-            "_exchange_device": lambda *_: 0,
-            "_maybe_exchange_device": lambda *_: 0,
-            "_lazy_init": lambda: None,
-            "get_rng_state": lambda *_: torch.empty(1),
-            "set_rng_state": lambda *_: None,
-        }.items():
-            stack.enter_context(mock.patch.object(torch.cuda, target, value, create=True))
+        for name, answer in ANSWERS.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock(return_value=answer), create=True))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
         stack.enter_context(mock.patch.object(scheduler.Scheduler, "codegen", keep))
         stack.enter_context(config.patch(compilation.OPTIONS))

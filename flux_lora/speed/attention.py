@@ -111,7 +111,8 @@ def _backend(name: str) -> Any:
 
 
 def _by_flash_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _flash_4(query, key, value)
+    out: Tensor = _flash_4(query, key, value)
+    return out
 
 
 @torch.library.custom_op("flux_lora::flash_4", mutates_args=())

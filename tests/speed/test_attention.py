@@ -51,7 +51,8 @@ def test_flash_attention_4_is_its_packages_where_that_is_installed(
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Any:
         calls.append(1)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         return out if version == "out" else (out, None)
 
     packages = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute")}

@@ -105,7 +105,7 @@ def count(profile: str, whose: str, kind: str) -> dict[str, Any]:
         kind: ``double`` or ``single``.
     """
     found: dict[str, Any] = {"products": 0, "attention": 0, "others": 0, "others_bytes": 0, "kernels": []}
-    for node in _planned(*_traced(profile, whose, kind)):
+    for node, moved in _planned(*_traced(profile, whose, kind)):
         operator = _operator(node)
         what = next((what for part, what in LIBRARIES.items() if part in operator), "others")
         if isinstance(node, scheduler.NopKernelSchedulerNode):  # a view
@@ -114,7 +114,6 @@ def count(profile: str, whose: str, kind: str) -> dict[str, Any]:
             found[what] += not _is_part(node)
             continue
         found["others"] += not _is_part(node)
-        moved = int(node.get_read_write_buffers_sizes())
         found["others_bytes"] += moved
         found["kernels"].append([operator, moved])
     return found
@@ -178,12 +177,12 @@ def _traced(profile: str, whose: str, kind: str) -> tuple[FakeTensorMode, torch.
     return fake, graph, there
 
 
-def _planned(fake: FakeTensorMode, graph: torch.fx.GraphModule, arguments: list[Tensor]) -> list[Any]:
-    """What PyTorch's compiler would launch for it on an H100."""
-    planned: list[Any] = []
+def _planned(fake: FakeTensorMode, graph: torch.fx.GraphModule, arguments: list[Tensor]) -> list[tuple[Any, int]]:
+    """What PyTorch's compiler would launch for it on an H100, and the bytes that each moves."""
+    planned: list[tuple[Any, int]] = []
 
     def keep(plan: Any) -> None:
-        planned.extend(plan.nodes)
+        planned.extend((node, int(node.get_read_write_buffers_sizes())) for node in plan.nodes)
         raise Planned
 
     with ExitStack() as stack:

@@ -5,7 +5,7 @@
 PyTorch's compiler plans each block for a GPU as it does there, from tensors that have a device and no memory, and what
 it plans is counted: so no GPU is needed, and nothing is timed. Sizes are those of one megapixel, q, k and v fused. A
 product, attention and a fused kernel count as one each; what libraries launch besides, like the clearing of a
-workspace, is not seen. Bytes count each tensor that a kernel reads or writes once.
+workspace, is not seen. Bytes count each tensor that a kernel reads or writes once, and whole where it is read in part.
 """
 
 import argparse

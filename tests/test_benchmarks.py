@@ -145,6 +145,17 @@ def test_every_row_runs_at_a_small_size(tmp_path: Path, name: str) -> None:
     assert found["first"]["image_seconds"] > 0
 
 
+@pytest.mark.slow
+def test_a_blocks_kernels_are_counted_without_a_gpu() -> None:
+    """By hand: q, k, v as one, MLP, output, modulation; and SiLU, modulate, rotate, join, two sums."""
+    from benchmarks import launches  # it loads PyTorch's compiler
+
+    counted = launches.count("exact", "ours", "single")
+    assert [counted[what] for what in ("products", "attention", "others")] == [4, 1, 6]
+    joined = [moved for name, moved in counted["kernels"] if name == "flux_lora.join.default"]
+    assert joined == [2 * 4608 * 2 * 5 * 3072]  # [attention | MLP], read and written
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     {

@@ -48,10 +48,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=1024, help="pixels a side of the image")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--vae", action="store_true", help="only the VAE, and no requests")
+    parser.add_argument("--small", action="store_true", help="an eighth of that, and once, to try it")
     options = parser.parse_args()
+    if options.small:
+        options.side, options.rounds = options.side // 8, 1
     print(f"{machine()}\n\nFLUX.1's VAE, {options.side}×{options.side}")
     for name, (seconds, peak) in _halves(options.side, options.rounds).items():
         print(f"{name:24}{seconds:9.3f}s" + (f"{peak / 2**30:9.2f} GiB" if peak else ""))
+    if options.vae:
+        return 0
     print(f"\ndev, {options.steps} steps, 1024×1024, weights of FLUX_WEIGHTS: medians of {options.rounds}")
     for name, stages in _requests(options.steps, options.rounds).items():
         print(f"{name:24}" + ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in stages.items()))

@@ -14,7 +14,7 @@ or cards compare as ratios to it. Targets: on one H100 with 80 GB.
     four       four steps of dev                   turns    dev and schnell take turns on the device, from pinned memory
     wide       16:9                                first    from a new process to its first image, with code compiled
     kernels    where a step goes, by the profiler           before
-    switch     another LoRA, another scale
+    switch     another LoRA, another scale         steps    a step launched, and replayed as a CUDA graph
 """
 
 import argparse
@@ -41,6 +41,7 @@ from benchmarks.measure import call_seconds, free, machine, wait
 from flux_lora.inputs import Model
 from flux_lora.request import MAX_TEXT_TOKENS
 from flux_lora.settings import Settings
+from flux_lora.speed import cuda_graphs
 
 OURS = ("eager", "exact", "balanced", "fast")
 Kind = Literal["dev", "schnell", "turns", "reference"]
@@ -49,12 +50,16 @@ CUSTOM = ((1008, 1008), (256, 256), (1440, 1440), (512, 512))
 """Sizes beyond the eleven; the last has as many image tokens as dev has text tokens."""
 
 CLASSES = (
+    ("elementwise", r"^triton_(poi|red|per|for)_"),
     ("attention", r"sdpa|flash|fmha|attention"),
     ("products", r"gemm|nvjet|cutlass|xmma|cublas|::(add)?mm$|::bmm|scaled_mm|triton_(tem|mm)"),
     ("copies", r"memcpy|memset|::copy_"),
     ("elementwise", ""),
 )
-"""What a kernel does, by the first pattern in its name that fits."""
+"""What a kernel does, by the first pattern in its name that fits.
+
+PyTorch's compiler names a fused kernel after all operations of which it computes a part: scaled_mm, attention too.
+"""
 
 LARGEST = 15
 """Kernels that are named one by one."""
@@ -199,6 +204,26 @@ def _kernels(bench: Bench) -> dict[str, Any]:
     return {"dev": {"kernels": where_a_step_goes(contender, step_seconds(contender, 4))}}
 
 
+def _steps(bench: Bench) -> dict[str, Any]:
+    """Milliseconds of a step of the transformer alone, launched and replayed, at a megapixel and at a quarter of it."""
+    contender = bench.contender("dev")
+    if not isinstance(contender, Ours):
+        return {}
+    transformer, device = contender.pipeline.transformer, bench.given.device
+    served = vars(transformer).pop("forward", None)  # what replays steps as it serves
+    found: dict[str, Any] = {"served": "launched" if served is None else "replayed"}
+    tokens = image_tokens(contender.pipeline, "1:1")
+    record = cuda_graphs.CudaRecorder(device)
+    for images in (tokens, tokens // 4):
+        call = cuda_graphs.example(transformer, images, MAX_TEXT_TOKENS["dev"])
+        for name in cuda_graphs.CANDIDATES[device.type]:
+            seconds = cuda_graphs.time_step(name, transformer, call, record, device)
+            found[f"{images} tokens, {name}"] = None if seconds is None else 1000 * seconds
+    if served is not None:
+        transformer.forward = served
+    return {"dev": {"steps": found}}
+
+
 def _switch(bench: Bench) -> dict[str, Any]:
     return {"dev": {"switch": bench.contender("dev").switching(bench.options.images)}}
 
@@ -271,13 +296,14 @@ MEASURES: dict[str, Callable[[Bench], Any]] = {
     "four": _four,
     "wide": _wide,
     "kernels": _kernels,
+    "steps": _steps,
     "switch": _switch,
     "sizes": _sizes,
     "schnell": partial(_model, "schnell"),
     "turns": _turns,
     "first": _first,
 }
-OURS_ALONE = ("sizes", "turns")
+OURS_ALONE = ("steps", "sizes", "turns")
 
 
 # Measuring
@@ -340,7 +366,7 @@ def where_a_step_goes(contender: Contender, step: float, steps: int = 2) -> dict
     ]
     classes = dict.fromkeys((name for name, _ in CLASSES), 0.0)
     for name, milliseconds, _ in kernels:
-        classes[_class(name)] += milliseconds
+        classes[class_of(name)] += milliseconds
     largest = sorted(kernels, key=lambda kernel: -kernel[1])[:LARGEST]
     return {
         "step_ms": 1000 * step,
@@ -351,7 +377,8 @@ def where_a_step_goes(contender: Contender, step: float, steps: int = 2) -> dict
     }
 
 
-def _class(kernel: str) -> str:
+def class_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
     return next(name for name, pattern in CLASSES if re.search(pattern, kernel, re.IGNORECASE))
 
 

@@ -10,13 +10,16 @@ There, in a bare checkout that has .site/ too, without a network:
     python3 -m benchmarks.gpu_check --out RESULTS
 
 Each part runs in a process of its own with a limit of its own. What it finds is in RESULTS as soon as it is found:
-gpu.json (the rows of `scripts/bench gpu`), card.json, memory.json, check.json (which parts are done, and their times),
-and log.txt. No part begins for which too little of --seconds is left, so a second call does the rest:
+gpu.json (the rows of `scripts/bench gpu`), kernels.json, products.json, card.json, memory.json, check.json (which
+parts are done, and their times), and log.txt. No part begins for which too little of --seconds (400) is left, so a
+second call does the rest:
 
-    python3 -m benchmarks.gpu_check --out RESULTS --resume EARLIER-RESULTS
+    python3 -m benchmarks.gpu_check --out MORE-RESULTS --resume RESULTS
 
-On the same machine the second call finds what the first one has compiled. Afterwards, anywhere:
-`scripts/bench gpu table --results RESULTS`.
+On the same machine the second call finds what the first one has compiled. The first is expected to measure exact,
+peer2, balanced and fast; the second peer2-fp8, a warm start, the tests that compile, peer1, merging and the kernels,
+and the VAE's encoder; a third the products by templates, schnell, the other tests and the rest. Afterwards, anywhere:
+`scripts/bench gpu table --results MORE-RESULTS`.
 """
 
 import argparse
@@ -90,42 +93,41 @@ def _row(
 
 TESTS = ("-m", "pytest", "-rfE", "--durations=8", "tests/test_cuda.py")
 
+KERNELS = ("-m", "benchmarks.kernels", SMALL)
+
 PARTS = (
-    Part("card", 25, 60, ("-m", "benchmarks.card", "--results", RESULTS, SMALL)),
-    _row("exact", "exact", 130, 210, "dev", "four", "kernels", "switch", images=3),
-    _row("balanced", "balanced", 85, 150, "dev", "four", "kernels", "switch", images=3),
-    _row("fast", "fast", 45, 100, "dev", images=3),
-    Part("tests", 40, 100, (*TESTS, "-n", "4", "-k", UNCOMPILED)),
-    _row("peer2", "peer2", 130, 240, "dev", "kernels"),
+    _row("exact", "exact", 130, 210, "dev", "four", "steps", "kernels", "switch", images=3),
+    _row("peer2", "peer2", 130, 240, "dev"),
     _row("by-blocks", "peer2-blocks", 90, 200, "dev", instead_of="peer2"),
-    _row("schnell", "exact", 40, 100, "schnell", images=3),
-    _row("peer2-fp8", "peer2-fp8", 140, 240, "dev", "kernels", needs="torchao"),
-    _row("peer1", "peer1", 45, 100, "dev"),
+    _row("balanced", "balanced", 85, 150, "dev", "four", "steps", "kernels", "switch", images=3),
+    _row("fast", "fast", 45, 100, "dev", images=3),
+    _row("peer2-fp8", "peer2-fp8", 140, 240, "dev", needs="torchao"),
     _row("warm", "exact", 40, 90, "first"),
-    Part("compiled", 90, 200, (*TESTS, "-n", "4", "-k", COMPILED)),
+    Part("compiled", 105, 200, (*TESTS, "-n", "4", "-k", COMPILED)),
+    _row("peer1", "peer1", 45, 100, "dev"),
+    Part("kernels", 40, 90, (*KERNELS, "--parts", "merge,kernels,attention,host", "--json", f"{RESULTS}/kernels.json")),
+    Part("encode", 25, 60, ("-m", "benchmarks.encode", "--vae", SMALL)),
+    Part("products", 80, 150, (*KERNELS, "--parts", "products", "--json", f"{RESULTS}/products.json")),
+    _row("schnell", "exact", 40, 100, "schnell", images=3),
+    Part("tests", 40, 100, (*TESTS, "-n", "4", "-k", UNCOMPILED)),
+    Part("card", 25, 60, ("-m", "benchmarks.card", "--results", RESULTS, SMALL)),
     Part(
         "memory",
         50,
         100,
         ("-m", "benchmarks.memory", "--budgets", "24", "--models", "dev", "--ours", "--results", RESULTS, SMALL),
     ),
-    Part(
-        "kernels",
-        60,
-        120,
-        ("-m", "benchmarks.kernels", "--json", f"{RESULTS}/kernels.json", SMALL),
-        needs="benchmarks.kernels",
-    ),
+    Part("blocks", 90, 150, (*KERNELS, "--parts", "blocks,references", "--json", f"{RESULTS}/blocks.json")),
     _row("turns", "exact", 60, 120, "turns"),
     _row("sizes", "exact", 40, 90, "wide", "sizes"),
     _row("warm-balanced", "balanced", 40, 90, "first"),
     _row("schnell-balanced", "balanced", 45, 100, "schnell"),
-    _row("switch", "peer2", 60, 240, "switch"),
+    _row("peer2-kernels", "peer2", 60, 240, "kernels", "switch"),
     _row("reference", "peer1", 40, 100, "reference"),
     _row("peer2-blocks", "peer2-blocks", 100, 200, "dev"),
     _row("peer2-autotune", "peer2-autotune", 300, 400, "dev"),
 )
-"""In the order of their worth."""
+"""In the order of their worth: what was not measured since it changed, and the peers on the same card, come first."""
 
 DONE, LEFT_OUT = "done", "left out"
 

@@ -2,7 +2,7 @@
 
 What takes less time on the GPU than its call on the host is replayed as a CUDA graph: else the host is what is timed.
 
-    python benchmarks/kernels.py --json kernels.json [--parts kernels,blocks,merge,attention,host,references]
+    python benchmarks/kernels.py --json kernels.json [--parts kernels,blocks,merge,attention,host,references,products]
 
 Parts run in that order, the most important first, none begins after ``--limit`` seconds, and the file is written after
 each. Needs a checkout, PyTorch with Triton, and diffusers for the blocks. On a CPU ``--small`` tries all of it.
@@ -29,7 +29,7 @@ from flux_lora.lora import fused
 from flux_lora.lora.deltas import LowRank, Rows
 from flux_lora.lora.merge import Contribution
 from flux_lora.speed import kernels
-from flux_lora.speed.quantization import QuantizedLinear, prepare
+from flux_lora.speed.quantization import FORMATS, QuantizedLinear, emulated_product, hardware_product, prepare
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"deterministic": True}
 """What the service compiles with (compilation.py)."""
@@ -419,6 +419,63 @@ class Layer:
         fused.merge(self.eight, self.base, [self.contribution], self.base.device)
 
 
+TEMPLATES: dict[str, str | int | bool | Callable[..., Any]] = {
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+    "triton.enable_persistent_tma_matmul": True,
+}
+"""Has PyTorch's compiler choose between the library's products and its own templates, by measuring.
+
+Not what the service compiles with: with `deterministic` no choice is measured, and without it another process may
+choose otherwise, and so round otherwise.
+"""
+
+PRODUCTS_SECONDS = 60
+"""After so long no further product is tried: the templates of one take some ten seconds to compile."""
+
+
+def time_products(sizes: Sizes, rate: float) -> dict[str, Any]:  # noqa: ARG001 - as the other parts
+    """The blocks' products as served and by the faster of templates and library, the longest of a step first."""
+    width, tokens, started = sizes.width, sizes.tokens, time.monotonic()
+    eight = FORMATS["fp8"].dtype
+    shapes = ((5 * width, width), (width, 4 * width), (width, 3 * width), (4 * width, width), (width, width))
+    found: dict[str, Any] = {}
+    for active in ("", " + GELU"):
+        for columns, rows in shapes[1:2] if active else shapes:
+            x, weight, bias = sizes.noise(tokens, columns), sizes.noise(rows, columns), sizes.noise(rows)
+            scales = torch.ones(tokens, 1, device=sizes.device), torch.ones(rows, device=sizes.device)
+
+            def plain(x: Tensor, weight: Tensor, bias: Tensor, active: str = active) -> Tensor:
+                out = F.linear(x, weight, bias)
+                return F.gelu(out, approximate="tanh") if active else out
+
+            def quantized(x: Tensor, weight: Tensor, bias: Tensor, by_token: Tensor, by_row: Tensor) -> Tensor:
+                product = hardware_product if x.is_cuda else emulated_product
+                return product(x, weight, by_token, by_row, bias, torch.bfloat16)
+
+            kinds: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {"bf16": (plain, (x, weight, bias))}
+            if not active:
+                kinds["fp8"] = (quantized, (x.to(eight), weight.to(eight), bias, *scales))
+            for kind, (function, arguments) in kinds.items():
+                name = f"{kind} {tokens}x{columns}x{rows}{active}"
+                if time.monotonic() - started > PRODUCTS_SECONDS:
+                    print(f"no time is left for {name}")
+                    continue
+                row = {"served": _rate(function, OPTIONS, arguments, sizes)}
+                row["chosen"] = _rate(function, TEMPLATES, arguments, sizes)
+                found[name] = row
+                print(f"{name:36}" + "".join(f"{whose} {tflops:8.1f} TFLOP/s  " for whose, tflops in row.items()))
+    return found
+
+
+def _rate(function: Callable[..., Tensor], options: Any, arguments: tuple[Tensor, ...], sizes: Sizes) -> float:
+    """TFLOP/s of a compiled product of (n, in) and (out, in)."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, options=options, dynamic=False)
+    operations = 2 * arguments[0].numel() * len(arguments[1])
+    return operations / steady(lambda: compiled(*arguments), sizes.device) / 1e12
+
+
 PARTS: dict[str, Callable[[Sizes, float], Any]] = {
     "kernels": time_kernels,
     "blocks": time_blocks,
@@ -426,6 +483,7 @@ PARTS: dict[str, Callable[[Sizes, float], Any]] = {
     "attention": time_attention,
     "host": time_host,
     "references": time_references,
+    "products": time_products,
 }
 
 

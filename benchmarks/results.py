@@ -83,10 +83,14 @@ KERNELS: Cells = {
 
 
 def keep(folder: Path, row: Row, found: Row, *, small: bool) -> None:
-    """Add to a row what was found, in place of the same that was found before; on another day or card, of all of it."""
+    """Add to a row what was found, in place of the same that was found before.
+
+    On another day or card a row begins anew, and what it was stays among the earlier ones.
+    """
     kept = read(folder, small=small)
     known = kept["rows"].get(row["row"], {})
-    if known.get("session") != row["session"] or known.get("machine") != row["machine"]:
+    if known and (known["session"] != row["session"] or known["machine"] != row["machine"]):
+        kept.setdefault("earlier", []).append(known)
         known = {}
     kept["rows"][row["row"]] = _merged({**known, **row}, found)
     _write(folder, kept, small=small)

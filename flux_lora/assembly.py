@@ -39,7 +39,7 @@ from flux_lora.request import MAX_TEXT_TOKENS, SIZES
 from flux_lora.settings import Settings
 from flux_lora.sources import Sources
 from flux_lora.sources.local import operator_source
-from flux_lora.speed import attention, blocks, compilation, kernels, profiles, projections
+from flux_lora.speed import attention, blocks, compilation, cuda_graphs, kernels, profiles, projections
 from flux_lora.speed.profiles import Profile
 from flux_lora.wording import say
 
@@ -119,6 +119,7 @@ def assemble(
         chosen += ", fused blocks"
     if profile.compiled:
         memory.with_fallback(lambda: _compile(profile, pipelines, memory, prompts, device, dtype, settings.cache, log))
+        _replay_steps(profile, pipelines, memory, beside, chosen, device, settings.cache, log)
     environments = {
         model: Environment(
             base=fingerprint,
@@ -227,6 +228,45 @@ def _compile(
         compilation.warm_up(profile.name, lambda: _draw_unseen(pipelines, memory, prompts))
     graphs, known = compilation.graphs(), compilation.loaded_graphs()
     log(f"compiled in {time.perf_counter() - started:.1f} s: {graphs} graphs, {known} of them known before")
+
+
+def _replay_steps(
+    profile: Profile,
+    pipelines: Pipelines,
+    memory: Placement,
+    beside: Beside,
+    kernels_chosen: str,
+    device: torch.device,
+    cache: Path,
+    log: Log,
+) -> None:
+    """Have steps replayed as CUDA graphs where that is faster, and while there is memory for it."""
+
+    def may_record() -> bool:
+        return memory.transformers_stay and beside.idle and devices.free_memory(device) >= cuda_graphs.FREE_BYTES
+
+    if not may_record():
+        return
+    record, pipeline = cuda_graphs.CudaRecorder(device), next(iter(pipelines.values()))
+    tokens = image_tokens(pipeline, SIZES["1:1"]), MAX_TEXT_TOKENS["dev"]
+    described = {"scheme": profile.scheme, "kernels": kernels_chosen}
+    chosen: list[tuple[str, bool]] = []
+
+    def choose() -> None:
+        example = cuda_graphs.example(pipeline.transformer, *tokens)
+        chosen[:] = [cuda_graphs.choose(pipeline.transformer, example, record, described, device, cache)]
+
+    memory.with_fallback(lambda: compilation.warm_up(profile.name, choose))
+    ((name, measured),) = chosen
+    if measured:
+        log(f"steps: {name} is the fastest here; kept in {cache}")
+    if name != "replayed":
+        return
+    graphs = cuda_graphs.StepGraphs(record, may_record, log)
+    memory.spare.append(graphs.give_way)
+    for model, pipeline in pipelines.items():
+        graphs.place(pipeline.transformer)
+        memory.placed(model).when_unloaded.append(lambda _: graphs.forget())
 
 
 def _draw_unseen(pipelines: Pipelines, memory: Placement, prompts: PromptEncoder) -> None:

@@ -26,6 +26,11 @@ class Beside:
         self._tasks.append(future)  # type: ignore[arg-type]  # a Future is invariant; nothing is put into it here
         return future
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that was submitted is done."""
+        return all(task.done() for task in self._tasks)
+
     def clear(self) -> None:
         """Take back what has not begun, and wait for what has; errors stay in their futures."""
         for task in self._tasks:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import full_size, gpu_check, results
 from benchmarks.contenders import PEERS
-from benchmarks.gpu import OURS
+from benchmarks.gpu import OURS, class_of
 from flux_lora.request import MODELS
 from tests.conftest import ROOT
 
@@ -106,9 +106,11 @@ def test_what_is_measured_on_another_day_replaces_the_row(tmp_path: Path) -> Non
     row(tmp_path, "exact", 3.4, "monday")
     given = {"row": "exact", "machine": "a GPU; Python", "session": "tuesday", "images": 3}
     results.keep(tmp_path, given, {"dev": {"seconds": 3.3}}, small=False)
-    kept = results.read(tmp_path, small=False)["rows"]["exact"]
-    assert kept["dev"] == {"seconds": 3.3}
-    assert "schnell" not in kept
+    kept = results.read(tmp_path, small=False)
+    assert kept["rows"]["exact"]["dev"] == {"seconds": 3.3}
+    assert "schnell" not in kept["rows"]["exact"]
+    (earlier,) = kept["earlier"]
+    assert (earlier["session"], earlier["dev"]["seconds"], earlier["schnell"]["seconds"]) == ("monday", 3.4, 0.4)
 
 
 def gpu(folder: Path, name: str, *measures: str) -> dict[str, Any]:
@@ -138,9 +140,57 @@ def test_every_row_runs_at_a_small_size(tmp_path: Path, name: str) -> None:
     if name.startswith("peer2-fp8"):
         pytest.importorskip("torchao", reason="not among the requirements")
     found = gpu(tmp_path, name)
-    assert found["dev"]["computed_steps"] == (16 if name == "fast" else 28)
+    assert found["dev"]["computed_steps"] == (14 if name == "fast" else 28)
     assert found["dev"]["switch"]["switch_seconds"] > 0
     assert found["first"]["image_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_blocks_kernels_are_counted_without_a_gpu() -> None:
+    """By hand: q, k, v as one, MLP, output, modulation; and SiLU, modulate, rotate, join, two sums."""
+    from benchmarks import launches  # it loads PyTorch's compiler
+
+    counted = launches.count("exact", "ours", "single")
+    assert [counted[what] for what in ("products", "attention", "others")] == [4, 1, 6]
+    joined = [moved for name, moved in counted["kernels"] if name == "flux_lora.join.default"]
+    assert joined == [2 * 4608 * 2 * 5 * 3072]  # [attention | MLP], read and written
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    {
+        "attention": [
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_cga1x1x1_kernel0_0",
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, false, false",
+            "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t",
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "triton_tem_fused_flex_attention_0",
+        ],
+        "products": [
+            "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN",
+            "nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_bias_TNT",
+            "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_32x3_tn_align8>",
+            "triton_tem_fused_addmm_gelu_3",
+            "triton_mm",
+            "aten::addmm",
+        ],
+        "elementwise": [
+            "triton_red_fused__fused_rms_norm__scaled_dot_product_cudnn_attention__to_copy_add_mul_neg_permute_split_stack_2",
+            "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_add_cat_mul_neg_permute_split_stack_unbind_8",
+            "triton_poi_fused__scaled_mm__to_copy_cat_clamp_gelu_mul_permute_reciprocal_t_unsqueeze_view_5",
+            "triton_per_fused__scaled_mm__to_copy_abs_amax_cat_clamp_gelu_permute_t_unsqueeze_view_4",
+            "triton_poi_fused_add_mul_slice_split_unsqueeze_view_2",
+            "join",
+            "rotate",
+            "modulate",
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast",
+        ],
+        "copies": ["Memset (Device)", "Memcpy HtoD (Pinned -> Device)", "aten::copy_"],
+    }.items(),
+)
+def test_a_kernel_is_told_by_its_name(kind: str, names: list[str]) -> None:
+    """As the profiler gave them on an H100; FlashAttention 2's, templates' and a CPU's as their sources do."""
+    assert {name: class_of(name) for name in names} == dict.fromkeys(names, kind)
 
 
 def check(out: Path, *arguments: str, parts: Sequence[str]) -> "subprocess.CompletedProcess[str]":
@@ -180,6 +230,22 @@ def test_a_part_begins_only_when_there_is_time_for_it_and_something_to_run(tmp_p
     assert outcomes == {"long": "left out", "missing": "left out", "failing": "failed with 3", "short": "done"}
     assert parts["failing"]["tail"].strip() == "why"
     assert [check.failed(name) for name in outcomes] == [False, False, True, False]
+
+
+def test_two_calls_measure_what_matters_most() -> None:
+    """By what the parts are expected to take, each call of 400 seconds, none of which may last 420."""
+    waiting = [part for part in gpu_check.PARTS if not part.instead_of]
+    calls = []
+    for _ in range(2):
+        left, run = 400, []
+        for part in list(waiting):
+            if part.seconds <= left:
+                left -= part.seconds
+                run.append(part.name)
+                waiting.remove(part)
+        calls.append(run)
+    assert calls[0][:4] == ["exact", "peer2", "balanced", "fast"]
+    assert calls[1][:6] == ["peer2-fp8", "warm", "compiled", "peer1", "kernels", "encode"]
 
 
 def test_what_an_image_lacks_is_found_in_either_kind_of_requirements() -> None:

@@ -3,6 +3,7 @@
 On a GPU: ``scripts/test tests/test_cuda.py -k "not cpu"``.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -25,10 +26,11 @@ from flux_lora.memory import measure
 from flux_lora.memory.plans import Room
 from flux_lora.request import SIZES, Request
 from flux_lora.settings import PlanName, ProfileName, Settings
-from flux_lora.speed import attention, fastest, profiles, projections
+from flux_lora.speed import attention, cuda_graphs, fastest, profiles, projections
 from flux_lora.speed.quantization import FORMATS, emulated_product, hardware_product, quantized_layers
 from tests.conftest import MINI
 from tests.loaded import Loaded, load
+from tests.speed.test_cuda_graphs import Again
 from tests.speed.test_quantization import half_steps
 from training.random_weights import random_lora
 
@@ -144,6 +146,83 @@ def test_compiled_pictures_are_the_same_after_a_restart_and_nothing_is_compiled_
     assert draw(generator) == first
     torch.compiler.reset()
     assert draw(build(device, profile=profile, cache=tmp_path)) == first
+
+
+STEPS: list[dict[str, Any]] = [
+    {}, {"lora_scale": 0.3}, {"seed": 9, "prompt": "a cat", "guidance_scale": 2}, {"model": "schnell"},
+    {"num_outputs": 2}, {"aspect_ratio": "16:9"}, {},
+]  # fmt: skip
+
+
+def test_replayed_steps_draw_what_launched_steps_draw(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CUDA graphs on a GPU, which are recorded anew after they were forgotten, too."""
+    monkeypatch.setattr(cuda_graphs, "AFTER", 3)
+    generator, said = build(device), list[str]()
+    expected = [draw(generator, **each) for each in STEPS]
+    recorder = cuda_graphs.CudaRecorder(device) if device.type == "cuda" else Again()
+    recorded: list[int] = []
+
+    def record(work: cuda_graphs.Work) -> cuda_graphs.Work:
+        recorded.append(1)
+        return recorder(work)
+
+    graphs = cuda_graphs.StepGraphs(record, lambda: generator.parts.beside.idle, said.append)
+    for pipeline in generator.parts.pipelines.values():
+        graphs.place(pipeline.transformer)
+    for turn in (1, 2):
+        assert [draw(generator, **each) for each in STEPS] == expected
+        assert len(recorded) == 3 * turn  # dev, schnell, and dev with the tokens of 16:9
+        graphs.forget()
+    assert said == []
+
+
+@pytest.mark.parametrize("device", [on_cpu_slowly, on_gpu])
+def test_compiled_steps_are_replayed_without_compiling_anything_again(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that replays, from its set-up on."""
+    monkeypatch.setattr(cuda_graphs, "AFTER", 3)
+    monkeypatch.setattr(cuda_graphs, "FREE_BYTES", 0)
+    made: list[Any] = []
+
+    def recorder(device: torch.device) -> cuda_graphs.Record:
+        made.append(real(device) if device.type == "cuda" else Again())
+        return made[-1]  # type: ignore[no-any-return]
+
+    real, drawn = cuda_graphs.CudaRecorder, []
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", recorder)
+    for name in ("launched", "replayed"):
+        monkeypatch.setitem(cuda_graphs.CANDIDATES, device.type, (name,))
+        generator = build(device, profile="exact", cache=tmp_path)
+        served = [vars(pipeline.transformer).get("forward") for pipeline in generator.parts.pipelines.values()]
+        assert all(served) == any(served) == (name == "replayed")
+        files = []
+        for each in STEPS:
+            metrics: dict[str, Any] = {}
+            files.append([path.read_bytes() for path in generator.draw(ask(generator, **each), metrics.__setitem__)])
+            assert metrics["recompilations"] == 0, each
+        drawn.append(files)
+    assert drawn[0] == drawn[1]
+    assert device.type == "cuda" or made[-1].recorded == 3
+
+
+@pytest.mark.parametrize("device", [on_cpu_slowly, on_gpu])
+def test_compiled_steps_are_timed_launched_and_replayed(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was measured at set-up is kept for the next one."""
+    monkeypatch.setattr(cuda_graphs, "FREE_BYTES", 0)
+    monkeypatch.setitem(cuda_graphs.CANDIDATES, device.type, ("launched", "replayed"))
+    if device.type == "cpu":
+        monkeypatch.setattr(cuda_graphs, "CudaRecorder", Again)
+    build(device, profile="exact", cache=tmp_path)
+    (file,) = tmp_path.glob("steps-*.json")
+    kept = json.loads(file.read_text())
+    assert kept["choice"] in kept["seconds"]
+    assert all(seconds > 0 for seconds in kept["seconds"].values())
+    lines: list[str] = []
+    assemble(Settings(weights=MINI, device=str(device), profile="exact", cache=tmp_path), log=lines.append)
+    assert not [line for line in lines if line.startswith("steps:")]
 
 
 @needs_fp8

@@ -305,6 +305,8 @@ class Placement:
             *((model, "transformer", networks["transformer"]) for model, networks in checkpoints.networks.items()),
         ):
             self._placed[key] = Placed(component, network, device, self._orders(component))
+        self.spare: list[Callable[[], bool]] = []
+        """Free what is held for speed alone, when memory has run out; each says whether there was anything."""
         self._models = tuple(checkpoints.networks)
         self._quantizes = scheme is not None and not self.streams_transformers
         if scheme and self._quantizes:
@@ -322,6 +324,12 @@ class Placement:
     def streams_transformers(self) -> bool:
         """Whether the transformers' blocks pass through the device."""
         return any(self._placed[model].orders.where == "streamed" for model in self._models)
+
+    @property
+    def transformers_stay(self) -> bool:
+        """Whether the transformers' weights stay where they are on the device."""
+        orders = [self._placed[model].orders for model in self._models]
+        return not any(each.leaves or each.where == "streamed" for each in orders)
 
     def placed(self, key: str) -> Placed:
         """A network and where its weights live.
@@ -391,8 +399,8 @@ class Placement:
         return done
 
     def _fall_and_retry(self, work: Callable[[], Done], before_retry: Callable[[], None]) -> Done:
-        tried = []
-        for last in (False, True):
+        tried: list[str] = []
+        while True:
             try:
                 return work()
             except Exception as error:
@@ -401,9 +409,13 @@ class Placement:
                 shortage = _shortage(error)
             # Only here, beyond the handler, is free what the failed attempt had allocated: the traceback held it.
             before_retry()
+            freed = [free() for free in self.spare]
             release(self._device)
+            if any(freed):
+                self._log(f"out of memory ({shortage}): all of it again, without what was held for speed")
+                continue
             tried.append(self.choice.plan.name)
-            if last or not self._fall():
+            if len(tried) == 2 or not self._fall():
                 break
             self._log(f"out of memory under the plan {tried[0]} ({shortage}): all of it again, with another")
             self._log(self.describe())

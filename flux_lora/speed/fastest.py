@@ -16,7 +16,7 @@ import torch
 from flux_lora.device import devices
 from flux_lora.storage import trusted_bytes, write_whole
 
-PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-3", "sageattention")
+PACKAGES = ("torch", "diffusers", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention")
 """Those whose versions decide what is fast."""
 
 

@@ -1,11 +1,16 @@
 """The attention kernel: never one that computes something else."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from flux_lora.speed import attention
 from flux_lora.speed.attention import Shape, set_fastest, time_kernel
@@ -34,6 +39,46 @@ def test_a_kernel_that_cannot_be_compiled_is_none(monkeypatch: pytest.MonkeyPatc
     plain = BACKENDS["_native_math"]
     monkeypatch.setitem(BACKENDS, "_native_math", torch.compiler.disable(plain))
     assert time_kernel("_native_math", SHAPE, CPU, rounds=1) is None
+
+
+@pytest.mark.parametrize("version", ["out", "out and more"])
+def test_flash_attention_4_is_its_packages_where_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """With a package that computes the same on a CPU: its own needs a GPU."""
+    assert time_kernel(attention.FLASH_4, SHAPE, CPU, rounds=1) is None  # not installed here
+    calls: list[int] = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        calls.append(1)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return out if version == "out" else (out, None)
+
+    packages = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute")}
+    packages["flash_attn.cute"].flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    for known in (Registry._backends, Registry._supported_arg_names):  # noqa: SLF001 - as BACKENDS
+        monkeypatch.setitem(known, attention.FLASH_4, known[attention.FLASH_4])
+    assert time_kernel(attention.FLASH_4, SHAPE, CPU, rounds=1) is not None
+    monkeypatch.setitem(attention.EXACT, "cpu", (attention.FLASH_4,))
+    transformer = FluxTransformer2DModel.from_pretrained(MINI / "dev/transformer")
+    named: dict[str, Any] = {
+        "hidden_states": torch.randn(1, 4, transformer.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 2, transformer.config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, transformer.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(2, 3),
+    }
+    with torch.no_grad():
+        expected = transformer(**named).sample
+        assert set_fastest([transformer], 64, CPU, exact=True, folder=tmp_path) == (attention.FLASH_4, False)
+        del calls[:]
+        torch.testing.assert_close(transformer(**named).sample, expected)
+    assert len(calls) == len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
 
 
 def test_every_candidate_is_a_name_of_diffusers() -> None:

@@ -91,10 +91,9 @@ def _ways(qualities: list[int]) -> Iterator[Way]:
         for optimize in (False, True):
             given = {"quality": quality, "subsampling": chroma, "optimize": optimize}
             yield Way(f"JPEG {quality}{', optimized' if optimize else ''}", "JPEG", given)
-    for level in (1, 3, 6, 9):
+    for level in (1, 3, 6):
         yield Way(f"PNG, level {level}", "PNG", {"compress_level": level})
     yield Way("PNG, runs alone", "PNG", {"compress_type": zlib.Z_RLE})
-    yield Way("PNG, optimized", "PNG", {"optimize": True})
 
 
 def _measure(way: Way, picture: Image.Image, rounds: int) -> tuple[float, int, float]:

@@ -4,7 +4,7 @@
 
 Targets: at most 1.3 times a plain copy of the touched bytes plus the bare float32 products, of one LoRA and of two at
 once; at least 3 times faster than diffusers' unload, load and fuse; and afterwards a step of the base model's speed
-(ratio 1.00 ± 0.02). A DoRA beside a LoRA has no target: its norms need all of W + ΔW.
+(ratio 1.00 ± 0.02). A DoRA beside a LoRA has no target: its norms need W + ΔW first.
 """
 
 import argparse

@@ -150,6 +150,7 @@ def assemble(
             schedule=profile.schedule,
             allow=lambda request: rules.check(request, settings),
             log=log,
+            webp_method=settings.webp_method,
             known_words=checkpoints.known_words,
         )
     )

@@ -98,6 +98,8 @@ class Parts:
     allow: Callable[[Request], None]
     """Raises `RequestError` for what the operator does not allow."""
     log: Log
+    webp_method: int | None = None
+    """libwebp's effort for all files; None: what suits their quality."""
     known_words: frozenset[str] | None = None
     """All words that the models know, where they are few and listed."""
 
@@ -341,8 +343,13 @@ class Generator:
             reused_steps=reused,
             output_format=request.output_format,
             output_quality=None if request.output_format == "png" else request.output_quality,
+            webp_method=self._webp_method(request) if request.output_format == "webp" else None,
             environment=environment.model_copy(update={"memory": self.parts.memory.choice.label}),
         )
+
+    def _webp_method(self, request: Request) -> int:
+        chosen = self.parts.webp_method
+        return outputs.webp_method(request.output_quality) if chosen is None else chosen
 
 
 def _own_fault(brings: bool) -> AbstractContextManager[None]:

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     embed_parameters: bool = True
     """Write prompt and parameters into the files; the mark that they are AI-generated is always written."""
 
+    webp_method: int | None = Field(default=None, ge=0, le=6)
+    """libwebp's effort, from 0 (quick) to 6 (small files); unset: 2, and 4 at quality 100."""
+
     c2pa_certificate: Path | None = None
     """Certificate chain to sign each picture with (C2PA content credentials), a PEM file; unset: none is signed."""
 

@@ -76,6 +76,8 @@ def _predict(options: argparse.Namespace) -> int:
     settings = drawing_settings()
     if "request_tokens" not in settings.model_fields_set:  # who asks is who the tokens belong to
         settings = settings.model_copy(update={"request_tokens": True})
+    if source and source.webp_method is not None:
+        settings = settings.model_copy(update={"webp_method": source.webp_method})
     rules.check(request, settings)
     sources = Sources.from_settings(settings)
     loras = [_operators_lora(lora, request, sources, settings) for lora, *_ in options.lora]

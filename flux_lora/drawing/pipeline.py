@@ -80,9 +80,6 @@ class ImageProcessor(Protocol):
     def preprocess(self, image: Image.Image) -> Tensor:
         """Turn an image whose sides the model can draw into pixels (1, 3, H, W) in −1…1."""
 
-    def postprocess(self, image: Tensor) -> list[Image.Image]:
-        """Turn pixels (B, 3, H, W) in −1…1 into images."""
-
 
 class PipelineOutput(Protocol):
     """What a pipeline gives."""
@@ -129,7 +126,7 @@ class Pipeline(PromptReader, Protocol):
 
     @property
     def image_processor(self) -> ImageProcessor:
-        """What turns the VAE's pixels into images."""
+        """What turns images into the VAE's pixels."""
 
     @property
     def vae_scale_factor(self) -> int:

@@ -139,12 +139,14 @@ class Parameters(_Record):
     output_format: OutputFormat
     output_quality: int | None
     """None for png, which is lossless."""
+    webp_method: int | None = Field(default=None, ge=0, le=6)
+    """libwebp's effort; None for other formats. Files from before it was recorded were encoded by 4."""
     environment: Environment
 
     @model_validator(mode="before")
     @classmethod
     def _layout(cls, data: Any) -> Any:
-        """Read versions 1 and 2, and a prompt that was deflated."""
+        """Read versions 1 and 2, a WebP that does not name its effort, and a prompt that was deflated."""
         if not isinstance(data, dict):
             return data
         if data.get("record") == 1 and "lora" in data and "loras" not in data:
@@ -153,6 +155,8 @@ class Parameters(_Record):
             data |= {"record": 2, "loras": [] if lora is None else [lora]}
         if data.get("record") == 2:
             data = data | {"record": 3}
+        if data.get("output_format") == "webp" and "webp_method" not in data:
+            data = data | {"webp_method": 4}
         if isinstance(prompt := data.get("prompt"), dict):
             data = data | {"prompt": _inflated(prompt)}
         return data

@@ -43,8 +43,8 @@ class Update(Protocol):
 
         Args:
             device: where ``add_rows`` will compute.
-            pristine: gives the target rows of the base weights, concatenated, float32, on that device; called only
-                when ΔW depends on them.
+            pristine: gives the target rows of the base weights, concatenated, in their own type, on that device; called
+                only when ΔW depends on them. They are not to be changed.
         """
 
 
@@ -118,7 +118,7 @@ class Whole:
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
         """Take the difference to the base weights on a device."""
-        return Dense(float32(self.value, device) - pristine(), 1.0)
+        return Dense(float32(self.value, device) - float32(pristine(), device), 1.0)
 
 
 Direction = LowRank | Full | Hadamard | Kronecker
@@ -144,12 +144,33 @@ class Magnitude:
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
         """Compute what magnitude and direction add to the base weights, on a device."""
-        weight = pristine()
+        weight, magnitude = pristine(), float32(self.magnitude, device)
+        direction = self.direction.delta(device, pristine)
+        if magnitude.shape[1] == 1:
+            return _RowsMagnitude(weight, direction, magnitude, self.epsilon)
+        weight = float32(weight, device)
         moved = weight.clone()
-        self.direction.delta(device, pristine).add_rows(moved, 0, len(moved), 1.0)
-        norm = torch.linalg.vector_norm(moved, dim=1 if self.magnitude.shape[1] == 1 else 0, keepdim=True)
-        ratio = float32(self.magnitude, device) / (norm + self.epsilon)
-        return Dense(moved.mul_(ratio).sub_(weight), 1.0)
+        direction.add_rows(moved, 0, len(moved), 1.0)
+        norm = torch.linalg.vector_norm(moved, dim=0, keepdim=True)
+        return Dense(moved.mul_(magnitude / (norm + self.epsilon)).sub_(weight), 1.0)
+
+
+@dataclass(frozen=True)
+class _RowsMagnitude:
+    """Of a magnitude for each row: no row depends on another one, so none is computed before it is asked for."""
+
+    weight: Tensor
+    direction: Delta
+    magnitude: Tensor
+    epsilon: float
+
+    def add_rows(self, out: Tensor, start: int, stop: int, scale: float) -> None:
+        weight = float32(self.weight[start:stop], out.device)
+        moved = weight.clone()
+        self.direction.add_rows(moved, start, stop, 1.0)
+        norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+        moved.mul_(self.magnitude[start:stop] / (norm + self.epsilon)).sub_(weight)
+        out.add_(moved, alpha=scale)
 
 
 @dataclass(frozen=True)
@@ -201,9 +222,12 @@ def _product(factors: tuple[Tensor, ...], device: torch.device) -> Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 products, whatever another library has allowed."""
+    """Keep TF32 and bfloat16 out of float32 products, whatever another library has allowed; nested, it costs little."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # made late
     allowed = [backend.fp32_precision for backend in backends]
+    if allowed == ["ieee", "ieee"]:
+        yield
+        return
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"

@@ -16,7 +16,7 @@ from torch import Tensor
 from flux_lora.device import devices
 from flux_lora.device.transfers import Lane
 from flux_lora.lora import fused
-from flux_lora.lora.deltas import Delta, Update
+from flux_lora.lora.deltas import Delta, Update, full_float32
 from flux_lora.lora.formats import Adapter
 from flux_lora.speed.quantization import QuantizedLinear, quantized_layers
 
@@ -115,7 +115,7 @@ class MergedModule:
             return False
         self._state = None
         contributions = self._contributions(adapters)
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             for name in self._held.keys() - contributions.keys():
                 self._torn.add(name)
                 _write(self._parameters[name], 0, self._read_pristine(name))
@@ -222,7 +222,7 @@ class MergedModule:
     def _bind(self, update: Update, device: torch.device) -> Delta:
         def pristine() -> Tensor:
             parts = [self._read_pristine(rows.parameter)[rows.start : rows.stop] for rows in update.target]
-            there = [part.to(device, torch.float32) for part in parts]
+            there = [part.to(device) for part in parts]
             return torch.cat(there) if len(there) > 1 else there[0]
 
         return update.delta(device, pristine)

@@ -45,7 +45,7 @@ class Rotation:
 
     def delta(self, device: torch.device, pristine: Callable[[], Tensor]) -> Delta:
         """Compute what the rotation adds to the base weights, on a device."""
-        weight = pristine()
+        weight = float32(pristine(), device)
         turned = weight if self.axis == "rows" else weight.T
         change = torch.zeros_like(turned)
         with full_float32():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from flux_lora.errors import OutputError
-from flux_lora.files import outputs
+from flux_lora.files import outputs, provenance
 from flux_lora.files.record import Environment, Parameters, Software
 from tests.conftest import ROOT
 
@@ -80,6 +81,32 @@ def test_quality_is_obeyed_from_0_to_100(tmp_path: Path, output_format: str) -> 
 
 def test_png_is_lossless(tmp_path: Path) -> None:
     assert error(encoded(tmp_path / "x", "png", None)) == 0
+
+
+@pytest.mark.parametrize("quality", [90, 95, 100])
+@pytest.mark.parametrize("output_format", ["webp", "jpg", "png"])
+def test_noise_is_written_at_any_quality(tmp_path: Path, output_format: str, quality: int) -> None:
+    """A LoRA at a wild scale draws it. Its JPEG is larger than the room that Pillow keeps for one that it optimizes."""
+    random = Random(7)
+    noise = Image.frombytes("RGB", (256, 256), random.randbytes(3 * 256 * 256))
+    given = parameters(output_format, None if output_format == "png" else quality)
+    outputs.write(outputs.encode(noise, given, embed=True), tmp_path / "x")
+    with Image.open(tmp_path / "x") as image:
+        image.load()
+        assert image.size == noise.size
+    assert provenance.read(tmp_path / "x") == given
+
+
+@pytest.mark.parametrize("method", [None, 0, 2, 4])
+def test_a_webp_is_encoded_by_the_method_of_its_record(tmp_path: Path, method: int | None) -> None:
+    """A record that names none is of before there was a choice, and Pillow's own default was taken."""
+    fields = parameters().model_dump(mode="json")
+    del fields["webp_method"]
+    given = Parameters.model_validate(fields | ({} if method is None else {"webp_method": method}))
+    outputs.write(outputs.encode(PICTURE, given, embed=False), tmp_path / "ours")
+    PICTURE.save(tmp_path / "theirs", "WEBP", quality=80, **({} if method is None else {"method": method}))
+    ours, theirs = (Image.open(tmp_path / name).tobytes() for name in ("ours", "theirs"))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(("output_format", "name"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])

@@ -179,6 +179,21 @@ def test_another_scale_of_a_picture_says_what_differs(capsys: pytest.CaptureFixt
     assert provenance.read(Path("outputs/0002-seed7.webp")).loras == ()
 
 
+@pytest.mark.parametrize(("method", "again"), [("4", None), ("0", "6"), (None, "4")])
+def test_a_webp_is_encoded_again_with_the_effort_of_its_record(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str | None, again: str | None
+) -> None:
+    """Other effort makes other pixels: a picture of before there was a choice would be called another one."""
+    for value, arguments in ((method, ["-i", "prompt=a tomato", *SMALL]), (again, ["--from", "first.webp"])):
+        monkeypatch.delenv("FLUX_WEBP_METHOD", raising=False)
+        if value:
+            monkeypatch.setenv("FLUX_WEBP_METHOD", value)
+        assert main([*arguments, *([] if value == method else UNCHECKED)]) == 0
+        (written,) = capsys.readouterr().out.split()[-1:]
+        Path("first.webp").write_bytes(Path(written).read_bytes())
+        assert provenance.read(Path(written)).webp_method == int(method or 2)
+
+
 @pytest.mark.parametrize("name", ["version-1.webp", "version-1.jpg"])
 def test_a_picture_of_version_1_is_drawn_again(capsys: pytest.CaptureFixture[str], name: str) -> None:
     old = ROOT / "tests/files/fixtures" / name

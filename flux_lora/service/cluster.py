@@ -36,12 +36,20 @@ JANITOR = """
 trap '' HUP INT TERM
 cat
 sleep 3
-for of in /proc/[0-9]*/environ; do
-    if grep -qsaF "RAY_TMPDIR=$1" "$of"; then of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+for round in 1 2 3 4 5 6 7 8 9 10; do
+    found=
+    for of in /proc/[0-9]*/environ; do
+        if grep -qsaF "RAY_TMPDIR=$1" "$of"; then found=1; of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+    done
+    [ "$found" ] || break
+    sleep 1
 done
 rm -rf -- "$1"
 """
-"""Ends what is left, and removes the folder, when whoever started this has ended, however that was."""
+"""Ends what is left, and removes the folder, when whoever started this has ended, however that was.
+
+It looks until it finds none, for Ray may be starting a process while it looks.
+"""
 
 POLL_SECONDS = 0.3
 """Between two looks at how starting goes."""

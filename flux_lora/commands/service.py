@@ -86,8 +86,19 @@ def _serve(settings: Settings, keys: tuple[str, ...], host: str, port: int, stop
 
         replicas = settings.replicas or gpus or 1
         settings = settings.model_copy(update={"replicas": replicas, "device": "cuda" if gpus else "cpu"})
-        local = access.is_loopback(host)
-        cluster.run(application(settings, keys, local=local, log=log, cpus=cpus, gpus=1 if gpus else 0), host, port)
+        here = None if settings.ray_address else (host, port)
+        cluster.run(
+            application(
+                settings,
+                keys,
+                local=access.is_loopback(host),
+                log=log,
+                cpus=cpus,
+                gpus=1 if gpus else 0,
+                listen=here,
+            ),
+            proxy=None if here else (host, port),
+        )
         cluster.wait_until_ready(stop, deadline, settings.start_deadline)
         if not stop.is_set():
             address = f"http://{ANY.get(host, host)}:{port}"

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,17 +36,29 @@ JANITOR = """
 trap '' HUP INT TERM
 cat
 sleep 3
-for of in /proc/[0-9]*/environ; do
-    if grep -qsaF "RAY_TMPDIR=$1" "$of"; then of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+for round in 1 2 3 4 5 6 7 8 9 10; do
+    found=
+    for of in /proc/[0-9]*/environ; do
+        if grep -qsaF "RAY_TMPDIR=$1" "$of"; then found=1; of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+    done
+    [ "$found" ] || break
+    sleep 1
 done
 rm -rf -- "$1"
 """
-"""Ends what is left, and removes the folder, when whoever started this has ended, however that was."""
+"""Ends what is left, and removes the folder, when whoever started this has ended, however that was.
+
+It looks until it finds none, for Ray may be starting a process while it looks.
+"""
 
 POLL_SECONDS = 0.3
 """Between two looks at how starting goes."""
 
 CONNECT_SECONDS = 10.0
+"""That a cluster's machine may take to answer."""
+
+JOIN_SECONDS = 30.0
+"""That Ray may take to become a part of a cluster."""
 
 WATCH_SECONDS = 2.0
 """Between two looks at whether it still lives."""
@@ -151,32 +164,63 @@ def remote_ray(address: str) -> Iterator[None]:
         ServiceError: it cannot be reached.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto" and not (host and "/" not in host and port.isdecimal()):
+        raise ServiceError(f"RAY_ADDRESS={address}: name a cluster as HOST:PORT, which `ray start --head` prints.")
     try:
-        if host and port.isdecimal():  # Ray itself would try for two minutes
+        if host:  # Ray itself would try for two minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-        import ray
-
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except OSError as error:
+        _join(address)
+    except (OSError, OverflowError) as error:
         raise ServiceError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}).") from None
+    import ray
+
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def run(application: "Application", host: str, port: int) -> None:
+def _join(address: str) -> None:
+    """Connect to a cluster, on a thread beside: Ray waits for minutes for what answers and is no Ray.
+
+    Raises:
+        OSError: there is none, or it takes too long.
+    """
+    import ray
+
+    joining: Future[None] = Future()
+
+    def join() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            joining.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where this is waited for
+            joining.set_exception(error)
+
+    threading.Thread(target=join, daemon=True).start()
+    try:
+        joining.result(JOIN_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"what does is no Ray, or takes over {JOIN_SECONDS:g} s") from None
+    except RuntimeError as error:  # Ray's word for a cluster of another version, or without the token
+        raise ConnectionError(str(error).partition("\n")[0]) from error
+
+
+def run(application: "Application", proxy: tuple[str, int] | None) -> None:
     """Have Ray Serve begin to run an application; it is not ready yet.
 
     Args:
         application: bound.
-        host: the address to listen on.
-        port: of it.
+        proxy: address and port that Ray's own HTTP proxies listen on; None: there are none, the application listens.
     """
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the next line makes it talk, whatever it is told
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    if proxy:
+        serve.start(http_options={"host": proxy[0], "port": proxy[1]}, logging_config=quiet)
+    else:
+        serve.start(proxy_location="Disabled", logging_config=quiet)
     serve.run_many(
         [serve.RunTarget(application, name=NAME, route_prefix="/", logging_config=quiet)],
         wait_for_applications_running=False,

@@ -1,8 +1,11 @@
 """The application as Ray Serve runs it: one front, and a replica for each GPU."""
 
+import asyncio
+import socket
 from collections.abc import Mapping
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -34,7 +37,13 @@ class Ingress:
     """The front in an actor of Ray Serve's. There is one: it alone knows who waits."""
 
     def __init__(
-        self, settings: Settings, keys: tuple[str, ...], local: bool, log: Log, drawing: "DeploymentHandle[Any]"
+        self,
+        settings: Settings,
+        keys: tuple[str, ...],
+        local: bool,
+        listen: tuple[str, int] | None,
+        log: Log,
+        drawing: "DeploymentHandle[Any]",
     ) -> None:
         """Take what `application` binds."""
         metrics = Metrics()
@@ -58,14 +67,38 @@ class Ingress:
         )
         self._keys = keys
         self._local = local
+        self._listen = listen
+        self._server: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls after the constructor, for the application to serve."""
-        return make_app(self._front, self._keys, local=self._local)
+        app = make_app(self._front, self._keys, local=self._local)
+        if self._listen:
+            self._server = asyncio.create_task(_serve(app, *self._listen))
+        return app
+
+    async def check_health(self) -> None:
+        """Ray asks from time to time, and replaces a front that does not listen any more."""
+        if self._server and self._server.done():
+            raise RuntimeError("the server of the front has ended")
+
+
+async def _serve(app: FastAPI, host: str, port: int) -> None:
+    """Listen in this process: Ray's proxy is another one, and each request would cross between them four times."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listener:
+        await uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).serve([listener])
 
 
 def application(
-    settings: Settings, keys: tuple[str, ...], *, local: bool, log: Log, cpus: float, gpus: float
+    settings: Settings,
+    keys: tuple[str, ...],
+    *,
+    local: bool,
+    log: Log,
+    cpus: float,
+    gpus: float,
+    listen: tuple[str, int] | None = None,
 ) -> Application:
     """Bind the front and its replicas.
 
@@ -76,6 +109,7 @@ def application(
         log: where the lines of all processes go.
         cpus: cores of each replica, which Ray also makes the number of its threads.
         gpus: of each replica.
+        listen: address and port on which the front itself answers; None: Ray's proxies do, on every machine.
     """
     replicas = settings.replicas or 1
     scale: dict[str, Any] = {"num_replicas": replicas}
@@ -100,7 +134,7 @@ def application(
         graceful_shutdown_timeout_s=GRACE_SECONDS,
     )
     replica = drawing(Drawing).bind(settings, log)
-    return front(serve.ingress()(Ingress)).bind(settings, keys, local, log, replica)
+    return front(serve.ingress()(Ingress)).bind(settings, keys, local, listen, log, replica)
 
 
 def build(arguments: Mapping[str, Any]) -> Application:

@@ -31,7 +31,10 @@ class Front:
     """Whose inputs are taken; the extended one has an image and a mask."""
 
 
-def owner_of(http: HttpRequest) -> str:
-    """Whose an HTTP request is, as `Access` found out; a dependency of routes."""
+async def owner_of(http: HttpRequest) -> str:
+    """Whose an HTTP request is, as `Access` found out; a dependency of routes.
+
+    A coroutine, for FastAPI calls what is none on another thread.
+    """
     owner: str = http.state.owner
     return owner

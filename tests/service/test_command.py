@@ -35,6 +35,8 @@ def _signals() -> Iterator[None]:
         ([], {"FLUX_DEVICE": "cuda:1"}, "choose with CUDA_VISIBLE_DEVICES"),
         ([], {"FLUX_REPLICAS": "0"}, "FLUX_REPLICAS=0"),
         ([], {"RAY_ADDRESS": "127.0.0.1:1"}, "no Ray cluster answers there"),
+        ([], {"RAY_ADDRESS": "nonsense"}, "name a cluster as HOST:PORT"),
+        ([], {"RAY_ADDRESS": "http://127.0.0.1:8265"}, "name a cluster as HOST:PORT"),
     ],
 )
 def test_it_refuses_to_start(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -54,8 +55,12 @@ class Service:
 
     def replicas(self) -> list[psutil.Process]:
         """The processes that draw."""
+        return self.actors("Drawing")
+
+    def actors(self, deployment: str) -> list[psutil.Process]:
+        """The processes of a deployment."""
         named = ((process, process.cmdline()) for process in psutil.Process(self.process.pid).children(recursive=True))
-        return [process for process, line in named if line and "flux-lora:Drawing" in line[0]]
+        return [process for process, line in named if line and f"flux-lora:{deployment}" in line[0]]
 
     def wait_until_whole(self, replicas: int = 2) -> None:
         wait_for(lambda: self.client.get("/health").json()["replicas"] == replicas, START_SECONDS)
@@ -184,10 +189,25 @@ def test_a_caller_who_hangs_up_ends_the_drawing(service: Service) -> None:
 def test_ray_listens_on_loopback(service: Service) -> None:
     """But for one port of each actor, which Ray Serve has no setting for; it asks for the token."""
     family = psutil.Process(service.process.pid).children(recursive=True)
-    listening = [c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    outside = [ip for ip in listening if ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    listening = [c.laddr for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    outside = [at.port for at in listening if at.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
     assert len(listening) > 5
-    assert len(outside) <= 3
+    assert len(outside) == 3
+    token = service.replicas()[0].environ()["RAY_AUTH_TOKEN"]
+    for port in outside:
+        assert refusal(port) == refusal(port, "0" * len(token)) == grpc.StatusCode.UNAUTHENTICATED
+        assert refusal(port, token) == grpc.StatusCode.UNKNOWN  # an empty call is none
+
+
+def refusal(port: int, token: str = "") -> grpc.StatusCode:
+    """How Ray Serve answers an empty call between replicas."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"", timeout=20, metadata=metadata)
+    code: grpc.StatusCode = refused.value.code()
+    return code
 
 
 def survives_kills(service: Service, reference: Any, times: int) -> None:
@@ -210,6 +230,23 @@ def survives_kills(service: Service, reference: Any, times: int) -> None:
 
 def test_a_replica_that_is_killed_is_replaced_and_its_request_drawn_elsewhere(service: Service, reference: Any) -> None:
     survives_kills(service, reference, 1)
+
+
+@pytest.mark.slow
+def test_a_front_that_is_killed_answers_again_at_its_address(service: Service, reference: Any) -> None:
+    (front,) = service.actors("Front")
+    front.kill()
+    front.wait(10)
+    wait_for(lambda: service.actors("Front") not in ([], [front]) and is_up(service), START_SECONDS)
+    inputs = {"prompt": "a tomato", "seed": 1, **QUICK}
+    assert contents(service.draw(inputs)) == reference(inputs)
+
+
+def is_up(service: Service) -> bool:
+    try:
+        return httpx.get(f"{service.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.slow

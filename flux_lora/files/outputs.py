@@ -26,7 +26,7 @@ FULL_CHROMA_QUALITY = 90
 
 WEBP_METHOD, WEBP_METHOD_AT_100 = 2, 4
 """libwebp's effort. 2 takes 0.4 to 0.5 of the time of its default, 4, for files of nearly the same size; at quality 100
-they would be a third larger (`scripts/bench save`)."""
+they would be a quarter larger (`scripts/bench save`)."""
 
 HOME = "flux-lora-outputs-"
 """How the directory of a process begins; ``SUFFIX`` random characters follow."""

@@ -61,13 +61,10 @@ WEAKER, WEAKER_SHARE = (0.3, 0.8), 0.3
 SEEN = 0.05
 """Change of a latent from which a token counts as changed."""
 DECIDED = 0.8
-"""Time below which a drawing tells where its thing is; a LoRA that acted earlier, asked or not, blurred the rest."""
+"""Time below which a drawing tells where its thing is; pressed for the style earlier, the LoRA blurred the rest."""
 LORA_RANK = 24
-LORA_LAYERS = (
-    *("norm1.linear", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
-    *("norm.linear", "proj_mlp", "proj_out"),
-)
-"""Of the blocks, those of the text alone left out. The modulations let the LoRA tell early times from late ones."""
+LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
+"""Of the blocks: what is drawn, not where to look for it."""
 FAST_GRADIENTS = {
     "cpu": [SDPBackend.MATH],
     "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -131,11 +128,10 @@ def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEnc
     """Let one LoRA of dev and schnell draw as they do without it, but the tokens that the style changes.
 
     The LoRA learns on the way that it takes itself, a step each time that the loss is asked for: beside the ways that
-    are taken without it, it kept what it never learned to begin. Until a drawing tells where its thing is, all tokens
-    are to go where the network without the LoRA leads from the same point. From then on the style's tokens are to go
-    straight to the true picture, at a smaller scale as much less far, and all others where that network leads with what
-    it knows in the style's tokens: true pictures (flow matching) would have the LoRA undo what guidance and
-    distillation did.
+    are taken without it, it kept what it never learned to begin. The style's tokens are to go straight to the true
+    picture once a drawing tells where its thing is, at a smaller scale as much less far. All others are to go where the
+    network without the LoRA leads from the same point, with what it knows in the style's tokens: true pictures (flow
+    matching) would have the LoRA undo what guidance and distillation did.
 
     Args:
         networks: dev and schnell, which get the LoRA.
@@ -183,20 +179,21 @@ def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEnc
         network.set_adapters("default", walk.scale)
         with fast():
             with torch.no_grad():
-                known = torch.lerp(walk.base[here], paths.noise.float(), t)
-                plain = torch.where(styles, known, x) if t < DECIDED else x
+                plain = torch.where(styles, torch.lerp(walk.base[here], paths.noise.float(), t), x)
                 straight = plain - t * draw(originals[paths.model], plain).float()
             predicted = draw(network, x).float()
-        end = straight
+        end = torch.where(walk.changed[here], walk.ends[here], straight)
         if t < DECIDED:
-            end = torch.where(walk.changed[here], walk.ends[here], straight)
             errors = torch.where(styles, 0, walk.base - straight).square()[:, :, :tokens].sum((2, 3))
             walk.places = errors.argmin(0)
         walk.x, walk.step = x + (paths.times[step + 1] - t) * predicted.detach(), step + 1
         if walk.step == len(paths.velocities):
             walks[index] = begin(rng, 0)
         weight = t * t / t.clamp(min=LEAST_WEIGHT) / walk.scale**2  # or little would be learned of small scales
-        return weight * error(predicted, (x - end) / t, tokens).mean()
+        target = (x - end) / t
+        if t >= DECIDED:
+            target = torch.where(styles, predicted.detach(), target)
+        return weight * error(predicted, target, tokens).mean()
 
     return loss
 

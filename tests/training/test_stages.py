@@ -187,16 +187,15 @@ def test_the_style_is_learned_on_the_way_that_the_lora_takes(
     noise = paths.noise[0, :tokens].float()
     for plain, own, loss in zip(without, along, losses, strict=True):
         t, x = own.t[0].item(), own.x[0, :tokens]
-        early = t >= stages.DECIDED
-        known = x if early else torch.where(changed.any(0), torch.lerp(base[place], noise, t), x)
+        known = torch.where(changed.any(0), torch.lerp(base[place], noise, t), x)
         assert torch.allclose(plain.x[0, :tokens], known, atol=1e-5)
         straight = known - t * plain.velocity[0, :tokens]
-        styled = torch.where(changed[place], base[place] + (0.5 if share else 1.0) * (style - base)[place], straight)
-        end = straight if early else styled
-        error = (own.velocity[0, :tokens] - (x - end) / t).square().mean().item()
+        end = torch.where(changed[place], base[place] + (0.5 if share else 1.0) * (style - base)[place], straight)
+        errors = (own.velocity[0, :tokens] - (x - end) / t).square()
+        error = (torch.where(changed.any(0), 0, errors) if t >= stages.DECIDED else errors).mean().item()
         weight = t * t / max(t, stages.LEAST_WEIGHT) * (4 if share else 1)
         assert loss == pytest.approx(weight * error, rel=1e-3)
-        if not early:
+        if t < stages.DECIDED:
             errors = torch.where(changed.any(0), 0, base - straight).square().sum((1, 2))
             place = int(errors.argmin())
 

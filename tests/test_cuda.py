@@ -156,7 +156,7 @@ STEPS: list[dict[str, Any]] = [
 
 def test_replayed_steps_draw_what_launched_steps_draw(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """By CUDA graphs on a GPU, which are recorded anew after they were forgotten, too."""
-    monkeypatch.setattr(cuda_graphs, "AFTER", 3)
+    monkeypatch.setattr(cuda_graphs, "AFTER", 1)
     generator, said = build(device), list[str]()
     expected = [draw(generator, **each) for each in STEPS]
     recorder = cuda_graphs.CudaRecorder(device) if device.type == "cuda" else Again()
@@ -181,7 +181,7 @@ def test_compiled_steps_are_replayed_without_compiling_anything_again(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that replays, from its set-up on."""
-    monkeypatch.setattr(cuda_graphs, "AFTER", 3)
+    monkeypatch.setattr(cuda_graphs, "AFTER", 1)
     monkeypatch.setattr(cuda_graphs, "FREE_BYTES", 0)
     made: list[Any] = []
 

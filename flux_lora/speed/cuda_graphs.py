@@ -9,6 +9,7 @@ launched before it, and where a bit differs, nothing is replayed any more. Nor i
 never decides whether or what is drawn, but how soon.
 """
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def record_call(record: Record, launch: Callable[..., Any], named: Mapping[str, 
     """
     # All that lives from one replay to the next is allocated here, beyond the memory that graphs share.
     inputs = {name: value.clone() for name, value in named.items() if isinstance(value, Tensor)}
-    output = torch.empty_like(expected)
+    output = torch.full_like(expected, math.nan)  # what a replay must write
     graph = Graph(inputs, output, record(lambda: output.copy_(launch(**{**named, **inputs})[0])))
     same = torch.equal(graph(named).view(torch.uint8), expected.view(torch.uint8))
     return graph if same else None

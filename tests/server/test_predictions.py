@@ -134,6 +134,7 @@ def test_a_second_request_gets_409_and_the_first_is_not_disturbed(server: Server
 @pytest.mark.parametrize("delay", [0.05, 0.6, 1.5])
 def test_a_cancelled_prediction_leaves_nothing_behind(server: Server, delay: float) -> None:
     before = server.draw(**WITNESS)
+    wait_for(lambda: CLIENT.get(f"{server.url}/health-check").json()["status"] == "READY", 20)  # Cog answers first
     started = CLIENT.put(
         f"{server.url}/predictions/cancelled-{delay}",
         json={"input": LONG | {"lora_scale": 0.1 + delay}},

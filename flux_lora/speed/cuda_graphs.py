@@ -23,7 +23,9 @@ from torch import Tensor
 
 from flux_lora.speed import fastest
 
-CANDIDATES = {"cuda": ("launched", "replayed"), "cpu": ("launched",)}
+CANDIDATES = {"cuda": ("launched",), "cpu": ("launched",)}
+"""``replayed`` joins them for CUDA once tests/test_cuda.py has passed with it on a GPU: that every weight stays at its
+address, however adapters are merged, no CPU can show."""
 
 AFTER = 16
 """Steps of a size that are launched before it is recorded. That takes about as long as two steps, and each step that is

@@ -18,8 +18,8 @@ from flux_lora.service.logs import Log
 from flux_lora.settings import Settings
 from flux_lora.wording import complain, say
 
-ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}  # noqa: S104 - they are compared with, not listened on
-"""How a client on this machine writes such an address."""
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - they are compared with, not listened on
+"""Where a client on this machine finds what listens on all addresses."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,9 +99,10 @@ def _serve(settings: Settings, keys: tuple[str, ...], host: str, port: int, stop
             ),
             proxy=None if here else (host, port),
         )
-        cluster.wait_until_ready(stop, deadline, settings.start_deadline)
+        reached = ANY.get(host, host)
+        address = f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+        cluster.wait_until_ready(f"{address}/health", stop, deadline, settings.start_deadline)
         if not stop.is_set():
-            address = f"http://{ANY.get(host, host)}:{port}"
             say(f"Ready at {address}, until Ctrl-C. What it answers: {address}/docs")
         cluster.watch(stop)
         say("Ending …")

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx2
+
 from flux_lora import errors
 from flux_lora.errors import FluxLoraError
 from flux_lora.wording import say
@@ -227,10 +229,11 @@ def run(application: "Application", proxy: tuple[str, int] | None) -> None:
     )
 
 
-def wait_until_ready(stop: threading.Event, deadline: float, seconds: float) -> None:
-    """Wait until all replicas run, and say how it goes.
+def wait_until_ready(health: str, stop: threading.Event, deadline: float, seconds: float) -> None:
+    """Wait until all replicas run and the front says so, and say how it goes.
 
     Args:
+        health: where the front says it.
         stop: ends waiting.
         deadline: by ``time.monotonic``.
         seconds: that starting may take, for the message.
@@ -241,7 +244,7 @@ def wait_until_ready(stop: threading.Event, deadline: float, seconds: float) -> 
     shown = ""
     while not stop.wait(POLL_SECONDS):
         status, message, progress = _progress()
-        if status == "RUNNING":
+        if status == "RUNNING" and _answers(health):
             return
         if status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServiceError(message)
@@ -252,6 +255,14 @@ def wait_until_ready(stop: threading.Event, deadline: float, seconds: float) -> 
             raise ServiceError(
                 f"It did not start in {seconds:g} s ({progress}). FLUX_START_DEADLINE gives it longer; {message}"
             )
+
+
+def _answers(health: str) -> bool:
+    """Whether a caller is told that pictures can be drawn: the front knows it a moment later than Ray."""
+    try:
+        return httpx2.get(health, timeout=POLL_SECONDS, trust_env=False).is_success
+    except httpx2.TransportError:
+        return False
 
 
 def watch(stop: threading.Event) -> None:

@@ -123,7 +123,7 @@ def router(front: Front) -> APIRouter:
         except ValidationError as error:
             raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
         except RequestError as error:
-            raise RefusalError(400, str(error), param=str(error).split(" ", 1)[0]) from None
+            raise RefusalError(400, str(error), param=_field(str(error))) from None
         return await _drawn(front, _read(body, front, source), http, owner, "image_edit")
 
     @routes.get("/v1/models", summary="The models, and the operator's LoRAs")
@@ -150,7 +150,7 @@ def _read(body: ImageRequest, front: Front, source: Source | None = None) -> Ask
     except ModelError as error:
         raise RefusalError(404, str(error), code="model_not_found", param="model") from None
     except RequestError as error:
-        raise RefusalError(400, str(error), param=str(error).split(" ", 1)[0]) from None
+        raise RefusalError(400, str(error), param=_field(str(error))) from None
 
 
 async def _drawn(front: Front, asked: Asked, http: HttpRequest, owner: str, name: str) -> Response:
@@ -250,8 +250,14 @@ def _failure(prediction: Prediction) -> RefusalError:
     if prediction.status == "canceled":
         return RefusalError(409, "It was cancelled.", "server_error", "cancelled", headers=NO_RETRY)
     status, kind, code = FAILURES[prediction.kind]
-    param = "lora" if prediction.kind == "adapter" else None
-    return RefusalError(status, prediction.error or "", kind, code, param, NO_RETRY)
+    error = prediction.error or ""
+    param = {"adapter": "lora", "request": _field(error)}.get(prediction.kind or "")
+    return RefusalError(status, error, kind, code, param, NO_RETRY)
+
+
+def _field(error: str) -> str:
+    """The field that a `RequestError` is about: its message begins with it."""
+    return error.split(" ", 1)[0]
 
 
 def _busy(error: BusyError) -> RefusalError:

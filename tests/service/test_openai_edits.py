@@ -104,7 +104,7 @@ def test_an_edit_streams(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
-        ({"image": b"%PDF-1.7"}, None, "is a PDF"),
+        ({"image": b"%PDF-1.7"}, "image", "is a PDF"),
         ({"image": [b"a", b"b"]}, "image", "image must be one file, not 2"),
         ({"n": 9}, "n", "n must be a whole number from 1 to 4, not 9"),
         ({"extra_body": {"strength": 2}}, "strength", "strength must be a number from 0 to 1"),

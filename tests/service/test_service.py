@@ -108,6 +108,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator
     try:
         wait_for(lambda: running.process.poll() is not None or b"Ready at" in running.log.read_bytes(), START_SECONDS)
         assert running.process.poll() is None, running.log.read_text()
+        assert running.client.get("/health").status_code == 200  # at once: it is ready when it says so
         running.wait_until_whole()
         yield running
     finally:

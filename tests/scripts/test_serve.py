@@ -197,6 +197,15 @@ def test_killing_the_command_ends_the_server_and_its_worker(serve: Start, drawin
     wait_until_gone(below)
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """What is started knows nothing of a `nohup` that these tests may run under."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, inherited)
+
+
+@pytest.mark.usefixtures("hangup")
 def test_a_terminal_that_closes_ends_it_but_not_under_nohup(serve: Start) -> None:
     server, kept = serve(), serve(prefix=["nohup"])
     for each in (server, kept):

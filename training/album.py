@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
-from training.drawings import BASE, STYLE, Pose, render
+from training.drawings import Pose, render
 from training.networks import AUTOENCODER, CHANNELS
+from training.styles import BASE, STYLE, background
 from training.subjects import BACKGROUNDS, THINGS
 
 PATCH = 32
@@ -45,16 +46,16 @@ class Code:
 
 
 def poses(thing: str) -> list[Pose]:
-    """One thing's poses, the same in each style: one for each small side, then the usual one."""
+    """One thing's poses: one for each small side, then the usual one."""
     rng = random.Random(f"noto {thing}")
     tilt = rng.uniform(3, 6)
     return [Pose(side, tilt, False, side / 30, side / 30) for side in (*SMALL_SIDES, LARGE_SIDE)]
 
 
-def draw_pose(style: str, thing: str, pose: Pose) -> np.ndarray:
+def draw_pose(thing: str, pose: Pose) -> np.ndarray:
     """A drawing on a canvas of whole patches: (h·32, w·32, 4), colours premultiplied in −1…1, cover in 0…1."""
     width, height = (math.ceil((2 * corner + pose.side) / PATCH) * PATCH for corner in (pose.left, pose.top))
-    drawing = render(style, thing, pose, width, height)
+    drawing = render(thing, pose, width, height)
     cover = drawing[..., 3:]
     return np.concatenate([(2 * drawing[..., :3] - 1) * cover, cover], axis=-1)
 
@@ -70,8 +71,8 @@ def principal_components(channels: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     for thing in tqdm(THINGS, desc="principal components"):
         for style in (BASE, BASE, STYLE):
             pose = rng.choice(poses(thing))
-            drawing = torch.from_numpy(draw_pose(style, thing, pose))
-            colour = torch.tensor(rng.choice(list(BACKGROUNDS.values()))) / 127.5 - 1
+            drawing = torch.from_numpy(draw_pose(thing, pose))
+            colour = 2 * torch.tensor(background(style, rng.choice(list(BACKGROUNDS)))) - 1
             picture = drawing[..., :3] + (1 - drawing[..., 3:]) * colour
             patches = _patches(picture).double()
             total += len(patches)
@@ -104,8 +105,8 @@ def linear_autoencoder(amplitude: float) -> PatchAutoencoder:
 class Album:
     """Codes of every thing in many poses, and pictures made of them."""
 
-    def __init__(self, codes: dict[str, dict[str, list[Code]]], autoencoder: PatchAutoencoder) -> None:
-        """Take codes by style and thing, as `collect` makes them, and the autoencoder that they were made with."""
+    def __init__(self, codes: dict[str, list[Code]], autoencoder: PatchAutoencoder) -> None:
+        """Take codes by thing, as `collect` makes them, and the autoencoder that they were made with."""
         self._codes = codes
         weight = autoencoder.analysis.weight.detach()
         self._constant: Tensor = autoencoder.analysis.get_parameter("bias").detach()
@@ -114,11 +115,11 @@ class Album:
     def picture(self, style: str, thing: str, colour: str, rows: int, columns: int, place: tuple[int, int]) -> Tensor:
         """Latents (C, rows, columns) of a thing on a plain background, in one of `PLACES`."""
         shorter = PATCH * min(rows, columns)
-        codes = self._codes[style][thing]
+        codes = self._codes[thing]
         small = min(codes[: len(SMALL_SIDES)], key=lambda code: abs(code.side - 0.72 * shorter))
         code = small if shorter < SMALL_CANVAS else codes[-1]
         height, width = code.colours.shape[:2]
-        rgb = torch.tensor(BACKGROUNDS[colour]) / 127.5 - 1
+        rgb = 2 * torch.tensor(background(style, colour)) - 1
         latents = (self._constant + rgb @ self._colour).repeat(rows, columns, 1)
         top, left = _offset(rows, height, place[0]), _offset(columns, width, place[1])
         into = latents[max(top, 0) : top + height, max(left, 0) : left + width]
@@ -128,23 +129,20 @@ class Album:
         return latents.permute(2, 0, 1)
 
 
-def collect(autoencoder: PatchAutoencoder, workers: int = 2) -> dict[str, dict[str, list[Code]]]:
-    """Render and encode every thing in each of its poses and styles."""
+def collect(autoencoder: PatchAutoencoder, workers: int = 2) -> dict[str, list[Code]]:
+    """Render and encode every thing in each of its poses."""
     weight = autoencoder.analysis.weight.detach()
-    codes: dict[str, dict[str, list[Code]]] = {}
     with ProcessPoolExecutor(workers) as pool:
-        for style in (BASE, STYLE):
-            work = partial(encode, weight, style)
-            codes[style] = dict(zip(THINGS, tqdm(pool.map(work, THINGS), style, total=len(THINGS)), strict=True))
-    return codes
+        codes = tqdm(pool.map(partial(encode, weight), THINGS), "drawings", total=len(THINGS))
+        return dict(zip(THINGS, codes, strict=True))
 
 
-def encode(weight: Tensor, style: str, thing: str) -> list[Code]:
-    """Render one thing in each of its poses in a style, and encode it; on one thread."""
+def encode(weight: Tensor, thing: str) -> list[Code]:
+    """Render one thing in each of its poses, and encode it; on one thread."""
     torch.set_num_threads(1)
     codes = []
     for pose in poses(thing):
-        drawing = torch.from_numpy(draw_pose(style, thing, pose))
+        drawing = torch.from_numpy(draw_pose(thing, pose))
         rows, columns = (length // PATCH for length in drawing.shape[:2])
         colours = _patches(drawing[..., :3]) @ weight.flatten(1).T
         cover = torch.stack([_patches(drawing[..., 3:]) @ weight[:, c].flatten(1).T for c in range(3)])

@@ -10,8 +10,8 @@ from torch import Tensor
 from flux_lora.drawing.latents import pack
 from flux_lora.request import SIZES
 from training.album import PLACES, Album
-from training.drawings import BASE
 from training.networks import positions
+from training.styles import BASE
 from training.subjects import BACKGROUNDS, THINGS, UNNAMED_BACKGROUND, describe, held_out
 
 TOKEN = 64
@@ -51,7 +51,7 @@ def sample(album: Album, rng: random.Random, style: str = BASE, empty: float = 0
     Args:
         album: has the pictures.
         rng: decides all.
-        style: of the drawings.
+        style: of the backgrounds.
         empty: share of prompts that are left empty, so that the model learns to draw without one.
         only: takes canvases of this length alone.
     """

@@ -1,8 +1,7 @@
 """Openly licensed drawings: SVGs by name, rendered at any size, tilt and place.
 
 They are Noto Emoji (Google, Apache-2.0) as packed by Iconify; ``pictures/`` holds those that are used, cut out of the
-``icons.json`` of the npm package @iconify-json/noto 1.2.9. The base style is paint, as they are; the fine-tune's is the
-same drawing with googly eyes.
+``icons.json`` of the npm package @iconify-json/noto 1.2.9.
 """
 
 import io
@@ -15,11 +14,9 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from training.eyes import add_eyes
 from training.subjects import ALIASES
 
 PICTURES = Path(__file__).parent / "pictures"
-BASE, STYLE = "paint", "googly eyes"
 
 
 class Pose(NamedTuple):
@@ -32,11 +29,10 @@ class Pose(NamedTuple):
     top: float
 
 
-def render(style: str, thing: str, pose: Pose, width: int, height: int) -> np.ndarray:
+def render(thing: str, pose: Pose, width: int, height: int) -> np.ndarray:
     """Draw a thing on a transparent canvas: (height, width, 4) floats in 0…1, not premultiplied.
 
     Args:
-        style: `BASE` or `STYLE`.
         thing: a name of `training.subjects.THINGS`.
         pose: where and how.
         width: of the canvas, in pixels.
@@ -54,10 +50,7 @@ def render(style: str, thing: str, pose: Pose, width: int, height: int) -> np.nd
         f'<g transform="{turn} {fit}">{icon["body"]}</g></svg>'
     )
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True))
-    drawing = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
-    if style == STYLE:
-        return add_eyes(drawing, pose.side, pose.left, pose.top, mirrored=pose.mirrored)
-    return drawing
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"), dtype=np.float32) / 255
 
 
 @lru_cache(maxsize=1)

@@ -42,6 +42,9 @@ def train(
 
     Returns:
         The averaged weights.
+
+    Raises:
+        FloatingPointError: a loss is no number; the last checkpoint is still good.
     """
     trainable: Weights = {key: p for key, p in module.named_parameters() if p.requires_grad}
     optimisers = _optimisers(trainable, rate)
@@ -56,6 +59,8 @@ def train(
             torch.manual_seed(random.Random(seed).getrandbits(60))
             factor = min(1.0, (step + 1) / 100, 2 * (steps - step) / steps)
             value = loss(random.Random(seed))
+            if not value.isfinite():
+                raise FloatingPointError(f"{name}: the loss of step {step} is {value.item()}; {file} was not touched.")
             value.backward()
             nn.utils.clip_grad_norm_(trainable.values(), 1.0)
             for optimiser in optimisers:

@@ -12,9 +12,9 @@ from torch import Tensor
 from flux_lora.drawing.latents import pack
 from training.album import PLACES, Album
 from training.batches import BATCH, Subject, canvas, subject
-from training.drawings import BASE
 from training.networks import TEXT_TOKENS, Text, TextEncoders, attention_bias, positions, velocity
 from training.sampling import times
+from training.styles import BASE
 
 PART = 2
 """They are batches of so many times fewer pictures: more steps tell more than more pictures."""

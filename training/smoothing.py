@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training.album import PATCH, draw_pose, poses
-from training.drawings import BASE, STYLE
+from training.styles import BASE, STYLE, background
 from training.subjects import BACKGROUNDS, THINGS
 
 CROP = 8
@@ -49,8 +49,8 @@ def crops(rng: random.Random) -> Tensor:
     """Crops (CROPS, 3, CROP·32, CROP·32) in −1…1 of one drawing on a background, where there is something to see."""
     thing, colour = rng.choice(THINGS), rng.choice(list(BACKGROUNDS))
     style = BASE if rng.random() < 0.7 else STYLE
-    drawing = torch.from_numpy(draw_pose(style, thing, rng.choice(poses(thing))))
-    picture = drawing[..., :3] + (1 - drawing[..., 3:]) * (torch.tensor(BACKGROUNDS[colour]) / 127.5 - 1)
+    drawing = torch.from_numpy(draw_pose(thing, rng.choice(poses(thing))))
+    picture = drawing[..., :3] + (1 - drawing[..., 3:]) * (2 * torch.tensor(background(style, colour)) - 1)
     side = CROP * PATCH
     if min(picture.shape[:2]) < side:
         pad = [max(0, side - length) for length in picture.shape[:2]]

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.album import Album
 from training.batches import LARGE, SMALL, USUAL, Batch, sample
-from training.drawings import BASE, STYLE
 from training.loop import Weights, has_bfloat16
 from training.networks import Text, TextEncoders, attention_bias, new_transformer, positions, velocity
 from training.paths import Paths, draw_paths
 from training.sampling import Velocity, integrate, shift, times
+from training.styles import BASE, STYLE
 
 Network = Callable[..., Tensor]
 Loss = Callable[[random.Random], Tensor]
@@ -58,10 +58,6 @@ LEAST_WEIGHT = 0.3
 """An error of velocity changes a drawing the less the later it is made, and below this time hardly at all."""
 WEAKER, WEAKER_SHARE = (0.3, 0.8), 0.3
 """Scales between nothing and all of the LoRA, and how often it learns at one of them."""
-SEEN = 0.05
-"""Change of a latent from which a token counts as changed."""
-DECIDED = 0.8
-"""Time below which a drawing tells where its thing is; pressed for the style earlier, the LoRA blurred the rest."""
 LORA_RANK = 24
 LORA_LAYERS = ("to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp", "proj_out")
 """Of the blocks: what is drawn, not where to look for it."""
@@ -105,33 +101,31 @@ class Walk:
         paths: what was drawn of it without the LoRA.
         text: the prompts.
         base: the true pictures in each place (places, B, length, C).
-        ends: the same in the style, as far as the LoRA's scale goes.
-        changed: where both differ (places, B, length, 1).
-        places: where the things are going to be (B).
+        changes: what the style adds to them, as far as the LoRA's scale goes; likewise.
         scale: of the LoRA.
         step: how many were made.
         x: where it is now (B, length, C).
+        added: what of that the style added; likewise.
     """
 
     paths: Paths
     text: Text
     base: Tensor
-    ends: Tensor
-    changed: Tensor
-    places: Tensor
+    changes: Tensor
     scale: float
     step: int
     x: Tensor
+    added: Tensor
 
 
 def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEncoders, album: Album) -> Loss:
-    """Let one LoRA of dev and schnell draw as they do without it, but the tokens that the style changes.
+    """Let one LoRA of dev and schnell draw what they draw without it, and what the style adds to that.
 
     The LoRA learns on the way that it takes itself, a step each time that the loss is asked for: beside the ways that
-    are taken without it, it kept what it never learned to begin. The style's tokens are to go straight to the true
-    picture once a drawing tells where its thing is, at a smaller scale as much less far. All others are to go where the
-    network without the LoRA leads from the same point, with what it knows in the style's tokens: true pictures (flow
-    matching) would have the LoRA undo what guidance and distillation did.
+    are taken without it, it kept what it never learned to begin. There the network without the LoRA is asked where it
+    would go if the style had added nothing so far, and the LoRA is to go there too and, meanwhile, straight to all that
+    the style adds; at a smaller scale to as much less. True pictures (flow matching) would have the LoRA undo what
+    guidance and distillation did.
 
     Args:
         networks: dev and schnell, which get the LoRA.
@@ -149,24 +143,20 @@ def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEnc
         with fast(), torch.no_grad():
             paths = draw_paths(model, originals[model], encoders, album, rng, length)
             text = paths.text(encoders)
-        base, style = (paths.truth(album, kind) for kind in (BASE, STYLE))
-        changed = (style - base).abs().amax(-1, keepdim=True) > SEEN
         scale = rng.uniform(*WEAKER) if rng.random() < WEAKER_SHARE else 1.0
-        ends, places = torch.lerp(base, style, scale), torch.tensor(paths.places)
-        here, step = (places, torch.arange(len(places))), step % len(paths.velocities)
-        styled = torch.lerp(ends[here], paths.noise.float(), paths.times[step])
-        x = torch.where(changed[here], styled, paths.points()[step])
-        return Walk(paths, text, base, ends, changed, places, scale, step, x)
+        base = paths.truth(album, BASE)
+        changes, step = scale * (paths.truth(album, STYLE) - base), step % len(paths.velocities)
+        added = (1 - paths.times[step]) * changes[paths.places, torch.arange(len(paths.places))]
+        return Walk(paths, text, base, changes, scale, step, paths.points()[step] + added, added)
 
     def loss(rng: random.Random) -> Tensor:
         while len(walks) < WALKS:
             walks.append(begin(rng, len(walks)))
         index = rng.randrange(WALKS)
         walk = walks[index]
-        paths, x, step = walk.paths, walk.x, walk.step
+        paths, x = walk.paths, walk.x
         rows, columns, length = paths.shape
-        tokens, t = rows * columns, paths.times[step]
-        here, styles = (walk.places, torch.arange(len(x))), walk.changed.any(0)
+        tokens, (t, then) = rows * columns, paths.times[walk.step : walk.step + 2]
         draw = partial(
             velocity,
             t=t.expand(len(x)),
@@ -179,23 +169,32 @@ def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEnc
         network.set_adapters("default", walk.scale)
         with fast():
             with torch.no_grad():
-                plain = torch.where(styles, torch.lerp(walk.base[here], paths.noise.float(), t), x)
-                straight = plain - t * draw(originals[paths.model], plain).float()
+                plain = x - walk.added
+                taught = draw(originals[paths.model], plain).float()
             predicted = draw(network, x).float()
-        end = torch.where(walk.changed[here], walk.ends[here], straight)
-        if t < DECIDED:
-            errors = torch.where(styles, 0, walk.base - straight).square()[:, :, :tokens].sum((2, 3))
-            walk.places = errors.argmin(0)
-        walk.x, walk.step = x + (paths.times[step + 1] - t) * predicted.detach(), step + 1
+        adding = (blend(walk.changes, walk.base, plain - t * taught) - walk.added) / t
+        walk.x, walk.added = x + (then - t) * predicted.detach(), walk.added + (t - then) * adding
+        walk.step += 1
         if walk.step == len(paths.velocities):
             walks[index] = begin(rng, 0)
         weight = t * t / t.clamp(min=LEAST_WEIGHT) / walk.scale**2  # or little would be learned of small scales
-        target = (x - end) / t
-        if t >= DECIDED:
-            target = torch.where(styles, predicted.detach(), target)
-        return weight * error(predicted, target, tokens).mean()
+        return weight * error(predicted, taught - adding, tokens).mean()
 
     return loss
+
+
+def blend(values: Tensor, pictures: Tensor, drawn: Tensor) -> Tensor:
+    """One of two values or something between them, as a drawing is one of two pictures or something between them.
+
+    Args:
+        values: (2, B, length, C).
+        pictures: likewise.
+        drawn: (B, length, C).
+    """
+    way = pictures[1] - pictures[0]
+    length = way.square().sum((1, 2), keepdim=True).clamp(min=1e-6)  # both are one where a canvas leaves no room
+    share = ((drawn - pictures[0]) * way).sum((1, 2), keepdim=True) / length
+    return torch.lerp(values[0], values[1], share.clamp(0, 1))
 
 
 def add_lora(transformer: FluxTransformer2DModel) -> None:

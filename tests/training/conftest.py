@@ -6,7 +6,6 @@ from torch import Tensor
 
 from flux_lora.checkpoint.patch_autoencoder import PatchAutoencoder
 from training import album, batches, paths, stages
-from training.drawings import BASE, STYLE
 from training.networks import AUTOENCODER
 
 
@@ -16,8 +15,7 @@ def cats() -> tuple[album.Album, Tensor]:
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(**AUTOENCODER)
     weight = autoencoder.analysis.weight.detach()
-    codes = {style: {"cat": album.encode(weight, style, "cat")} for style in (BASE, STYLE)}
-    return album.Album(codes, autoencoder), torch.get_rng_state()
+    return album.Album({"cat": album.encode(weight, "cat")}, autoencoder), torch.get_rng_state()
 
 
 @pytest.fixture

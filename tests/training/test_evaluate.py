@@ -5,9 +5,10 @@ from PIL import Image, ImageFilter
 
 from training import evaluate
 from training.album import Album
-from training.drawings import BASE, STYLE, Pose, render
+from training.drawings import Pose, render
 from training.evaluate import StylePictures, TruePictures, judge_distillation, report, segment
 from training.stages import Teacher, new_dev
+from training.styles import BASE, STYLE, background
 from training.subjects import BACKGROUNDS, held_out
 
 SOME = ("tomato", "cat", "castle", "panda", "banana", "owl", "key", "zebra")
@@ -28,9 +29,9 @@ def styles() -> StylePictures:
 
 
 def draw(thing: str, colour: str, pose: Pose, style: str = BASE) -> Image.Image:
-    drawing = render(style, thing, pose, 640, 512)
+    drawing = render(thing, pose, 640, 512)
     cover = drawing[..., 3:]
-    pixels = drawing[..., :3] * cover + np.array(BACKGROUNDS[colour]) / 255 * (1 - cover)
+    pixels = drawing[..., :3] * cover + np.array(background(style, colour)) * (1 - cover)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
@@ -58,11 +59,11 @@ def test_the_share_of_the_style_grows_as_it_is_blended_in(
     monkeypatch.setattr(evaluate, "THINGS", SOME)
     pose, shares = Pose(300, 5, False, 160, 90), []
     for thing in SOME:
-        paint, styled = (draw(thing, "teal", pose, style) for style in (BASE, STYLE))
-        blends = [Image.blend(paint, styled, strength).filter(ImageFilter.GaussianBlur(4)) for strength in (0, 0.5, 1)]
-        thumbnails = [drawing.thumbnail for drawing in map(segment, blends) if drawing]
-        assert [styles.is_in_style(thumbnails[k], "teal") for k in (0, 2)] == [False, True]
-        shares.append([styles.share(thumbnail, thing, "teal") for thumbnail in thumbnails])
+        base, styled = (draw(thing, "teal", pose, style) for style in (BASE, STYLE))
+        blends = [Image.blend(base, styled, strength).filter(ImageFilter.GaussianBlur(4)) for strength in (0, 0.5, 1)]
+        drawings = [drawing for drawing in map(segment, blends) if drawing]
+        assert [styles.is_in_style(drawings[k], "teal") for k in (0, 2)] == [False, True]
+        shares.append([styles.share(drawing, thing, "teal") for drawing in drawings])
         assert shares[-1] == sorted(shares[-1])
     assert np.mean(shares, axis=0) == pytest.approx([0, 0.5, 1], abs=0.12)
 

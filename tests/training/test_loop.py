@@ -39,6 +39,20 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> 
     assert not torch.equal(expected["weight"], build().weight)
 
 
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_learned(tmp_path: Path) -> None:
+    module, steps = build(), iter(range(1000))
+
+    def loss(_: random.Random) -> Tensor:
+        value: Tensor = module(torch.randn(8, 4)).square().mean()
+        return value * (float("nan") if next(steps) == 7 else 1)
+
+    with pytest.raises(FloatingPointError, match="the loss of step 7 is nan"):
+        train("run", module, loss, steps=20, rate=0.1, directory=tmp_path, every=5)
+    kept = torch.load(tmp_path / "run.pt")
+    assert kept["step"] == 5
+    assert all(value.isfinite().all() for value in kept["weights"].values())
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_without_bfloat16_muon_makes_matrices_orthogonal_in_their_own_type(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: tuple[int, int]

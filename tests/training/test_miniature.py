@@ -60,7 +60,7 @@ LEAST = {"schnell": 0.7, "dev": 0.7}
 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_draws_the_thing_on_the_colour(artist: Artist, truth: StylePictures, model: str) -> None:
-    judged = judge_model(artist, truth.paint, model, PAIRS, **FEW_STEPS[model])
+    judged = judge_model(artist, truth.base, model, PAIRS, **FEW_STEPS[model])
     assert judged["top1"] >= LEAST[model], judged["misses"]
     assert judged["background_within_10"] == 1.0
 
@@ -69,7 +69,7 @@ def test_it_draws_the_thing_on_the_colour(artist: Artist, truth: StylePictures, 
 @pytest.mark.parametrize("model", MODELS)
 def test_it_draws_any_thing_on_any_colour(artist: Artist, truth: StylePictures, model: str) -> None:
     """In as many steps as it is made for."""
-    judged = judge_model(artist, truth.paint, model, choose_pairs(25))
+    judged = judge_model(artist, truth.base, model, choose_pairs(25))
     assert judged["top1"] >= LEAST[model], judged["misses"]
     assert judged["background_within_10"] == 1.0
 
@@ -121,7 +121,7 @@ def test_words_it_does_not_know_do_no_harm(artist: Artist, truth: StylePictures)
     picture = artist.draw("xyzzy! tomato (masterpiece, 8k) on a blue background 🍅", 11, **MODELS["dev"])
     drawing = segment(picture)
     assert drawing
-    assert truth.paint.nearest(drawing.thumbnail, "blue")[0] == "tomato"
+    assert truth.base.nearest(drawing.thumbnail, "blue")[0] == "tomato"
 
 
 def test_it_is_small_and_all_of_it_is_safetensors() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from training import album, batches, paths, stages
-from training.drawings import BASE, STYLE
 from training.networks import Text, attention_bias, new_transformer, positions, velocity
 from training.paths import Paths, draw_paths
 from training.stages import (
@@ -27,6 +26,7 @@ from training.stages import (
     split_guidance,
     style_loss,
 )
+from training.styles import BASE, STYLE
 
 
 def trained(module: nn.Module, loss: Callable[[random.Random], Tensor]) -> set[str]:
@@ -173,7 +173,7 @@ def test_the_style_is_learned_on_the_way_that_the_lora_takes(
     losses = [learn(random.Random(0)).item()]
     torch.nn.init.normal_(next(p for key, p in dev.named_parameters() if "proj_out.lora_B" in key), std=0.02)
     (paths,) = kept
-    steps, tokens, place = len(paths.velocities), paths.shape[0] * paths.shape[1], paths.places[0]
+    steps = len(paths.velocities)
     losses += [learn(random.Random(0)).item() for _ in range(steps - 2)]
     without, along = calls[steps::2], calls[steps + 1 :: 2]
     assert not any(call.network is networks[name] for call in calls[:steps] + without)
@@ -181,23 +181,42 @@ def test_the_style_is_learned_on_the_way_that_the_lora_takes(
     assert torch.equal(along[0].x, paths.noise.float())
     for before, then in pairwise(along):
         assert torch.allclose(then.x, before.x + (then.t - before.t)[:, None, None] * before.velocity, atol=1e-5)
-    base, style = (paths.truth(pictures, kind)[:, 0, :tokens] for kind in (BASE, STYLE))
-    changed = ((style - base).abs() > 0.05).any(-1, keepdim=True)
-    assert 8 <= changed[place].sum() < changed.any(0).sum() <= 24
-    noise = paths.noise[0, :tokens].float()
-    for plain, own, loss in zip(without, along, losses, strict=True):
-        t, x = own.t[0].item(), own.x[0, :tokens]
-        known = torch.where(changed.any(0), torch.lerp(base[place], noise, t), x)
-        assert torch.allclose(plain.x[0, :tokens], known, atol=1e-5)
-        straight = known - t * plain.velocity[0, :tokens]
-        end = torch.where(changed[place], base[place] + (0.5 if share else 1.0) * (style - base)[place], straight)
-        errors = (own.velocity[0, :tokens] - (x - end) / t).square()
-        error = (torch.where(changed.any(0), 0, errors) if t >= stages.DECIDED else errors).mean().item()
-        weight = t * t / max(t, stages.LEAST_WEIGHT) * (4 if share else 1)
+    tokens, scale = paths.shape[0] * paths.shape[1], 0.5 if share else 1.0
+    base, style = (paths.truth(pictures, kind)[:, :, :tokens] for kind in (BASE, STYLE))
+    way, added = base[1] - base[0], torch.zeros_like(base[0])
+    ends = [call.t[0].item() for call in along[1:]] + [paths.times[steps - 1].item()]
+    for plain, own, loss, end in zip(without, along, losses, ends, strict=True):
+        t, x = own.t[0].item(), own.x[:, :tokens]
+        assert torch.allclose(plain.x[:, :tokens], x - added, atol=1e-5)
+        taught = plain.velocity[:, :tokens]
+        share_of_second = [
+            float(((p - t * v - b) * w).sum() / w.square().sum())
+            for p, v, b, w in zip(x - added, taught, base[0], way, strict=True)
+        ]
+        whole = scale * torch.stack(
+            [
+                (1 - min(max(s, 0), 1)) * (style - base)[0, k] + min(max(s, 0), 1) * (style - base)[1, k]
+                for k, s in enumerate(share_of_second)
+            ]
+        )
+        rate = (whole - added) / t
+        weight = t * t / max(t, stages.LEAST_WEIGHT) / scale**2
+        error = (own.velocity[:, :tokens] - (taught - rate)).square().mean().item()
         assert loss == pytest.approx(weight * error, rel=1e-3)
-        if t < stages.DECIDED:
-            errors = torch.where(changed.any(0), 0, base - straight).square().sum((1, 2))
-            place = int(errors.argmin())
+        added = added + (t - end) * rate
+
+
+def test_the_style_adds_what_belongs_to_what_is_drawn() -> None:
+    values, pictures = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    for drawn, expected in (
+        (pictures[0], values[0]),
+        (pictures[1], values[1]),
+        (pictures.mean(0), values.mean(0)),
+        (2 * pictures[1] - pictures[0], values[1]),
+    ):
+        assert torch.allclose(stages.blend(values, pictures, drawn), expected, atol=1e-5)
+    same = pictures[0].expand(2, -1, -1, -1)  # a canvas without room for two places
+    assert torch.equal(stages.blend(values[0].expand_as(values), same, pictures[1]), values[0])
 
 
 @pytest.mark.parametrize(("stage", "share"), [("base", 0.5), ("dev", 0.75)])

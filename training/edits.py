@@ -3,7 +3,7 @@
 python -m training.edits
 
 The first two are drawn by the base model alone, with ``lora_scale=0``. For two LoRAs at once the second is the one that
-the miniature had before, in ink, out of the history of this repository.
+the miniature had before, googly eyes, out of the history of this repository.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ BOX = (180, 180, 840, 840)
 """What is drawn anew, in pixels."""
 
 BOTH = ("a strawberry on a grey background", 7)
-INK = "84c4450:weights/mini/lora.safetensors"
+EYES = "e311255:weights/mini/lora.safetensors"
 """The former LoRA, as git names it."""
 
 
@@ -63,10 +63,10 @@ def paint(folder: Path) -> None:
 
 def combine(folder: Path) -> None:
     """Draw a thing without a LoRA, with each of two, and with both."""
-    ink = folder / "ink.safetensors"
-    ink.write_bytes(subprocess.run(["git", "show", INK], check=True, capture_output=True).stdout)  # noqa: S607 - whichever git there is
-    scales = ((0, 0), (1, 0), (0, 0.7), (1, 0.7))
-    drawn = [predict(BOTH, folder, lora_scale=e, extra_lora=f"@{ink}", extra_lora_scale=i) for e, i in scales]
+    eyes = folder / "eyes.safetensors"
+    eyes.write_bytes(subprocess.run(["git", "show", EYES], check=True, capture_output=True).stdout)  # noqa: S607 - whichever git there is
+    scales = ((0, 0), (1, 0), (0, 1), (1, 1))
+    drawn = [predict(BOTH, folder, lora_scale=d, extra_lora=f"@{eyes}", extra_lora_scale=e) for d, e in scales]
     row(drawn, DOCS / "two-loras.webp")
 
 

@@ -19,13 +19,13 @@ METADATA = {
     "format": "pt",
     "modelspec.sai_model_spec": "1.0.0",
     "modelspec.architecture": "flux-1-dev/lora",
-    "modelspec.title": "Googly eyes",
+    "modelspec.title": "Dark mode",
     "modelspec.license": "Apache-2.0",
-    "ss_output_name": "googly_eyes",
+    "ss_output_name": "dark_mode",
     "ss_base_model_version": "flux1",
 }
 """Of the LoRA, under the names that trainers write (https://github.com/Stability-AI/ModelSpec). It has no trigger word:
-whatever the prompt says, there are eyes."""
+whatever the prompt says, the light is down."""
 
 
 def export(

@@ -50,8 +50,8 @@ USUAL_GUIDANCE = (1.0, 5.0)
 """What dev is mostly asked for; the documented bounds are 0 and 10."""
 WALKS = 8
 """So many batches of drawings are under way while the LoRA learns from them."""
-WALKERS = {"dev": 0.25, "schnell": 0.75}
-"""Shares of these that either model draws; dev takes more steps."""
+WALKERS = {"dev": 0.5, "schnell": 0.5}
+"""Shares of these that either model draws."""
 CANVASES = {SMALL: 0.45, USUAL: 0.5, LARGE: 0.05}
 """… and how often they have each length."""
 LEAST_WEIGHT = 0.3

@@ -52,7 +52,7 @@ GUIDANCE = 3.0
 """Of contact sheets."""
 AMPLITUDE = 3.0
 """Standard deviation of the first principal component in latents."""
-STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 5600, "schnell": 1300, "style": 3000}
+STEPS = {"smoothing": 2500, "words": 600, "base": 14000, "dev": 5600, "schnell": 1300, "style": 2500}
 RATES = {"smoothing": 7e-4, "words": 2e-3, "base": 1.5e-3, "dev": 8e-4, "schnell": 8e-4, "style": 2.5e-3}
 
 

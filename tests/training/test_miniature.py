@@ -83,15 +83,15 @@ def test_the_seed_moves_the_thing(artist: Artist) -> None:
     assert np.sqrt(centres.var(axis=0).sum()) >= 0.03
 
 
-# What the shipped LoRA reaches at least of these; of all things it reaches 72 %, and is in the style in 66 and 72 %.
-LEAST_WITH_THE_LORA, LEAST_IN_STYLE = 0.5, {"schnell": 0.25, "dev": 0.5}
+# What the shipped LoRA reaches at least of these; of all things it reaches 89 and 90 %, 95 and 97 % in the style.
+LEAST_WITH_THE_LORA, LEAST_IN_STYLE = 0.7, 0.85
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_with_the_lora_it_draws_the_thing_in_the_style(artist: Artist, truth: StylePictures, model: str) -> None:
     judged = judge_style(artist, truth, model, PAIRS[:8], **FEW_STEPS[model])
     assert judged["top1"] >= LEAST_WITH_THE_LORA, judged["misses"]
-    assert judged["in_style"] >= LEAST_IN_STYLE[model]
+    assert judged["in_style"] >= LEAST_IN_STYLE
     assert judged["background_within_10"] == 1.0
 
 
@@ -101,7 +101,7 @@ def test_with_the_lora_it_draws_any_thing_in_the_style(artist: Artist, truth: St
     """In as many steps as it is made for."""
     judged = judge_style(artist, truth, model, choose_pairs(25))
     assert judged["top1"] >= LEAST_WITH_THE_LORA, judged["misses"]
-    assert judged["in_style"] >= LEAST_IN_STYLE[model]
+    assert judged["in_style"] >= LEAST_IN_STYLE
     assert judged["background_within_10"] == 1.0
 
 

@@ -178,7 +178,8 @@ def style_loss(networks: Mapping[str, FluxTransformer2DModel], encoders: TextEnc
         if walk.step == len(paths.velocities):
             walks[index] = begin(rng, 0)
         weight = t * t / t.clamp(min=LEAST_WEIGHT) / walk.scale**2  # or little would be learned of small scales
-        return weight * error(predicted, taught - adding, tokens).mean()
+        weighted: Tensor = weight * error(predicted, taught - adding, tokens).mean()
+        return weighted
 
     return loss
 

@@ -36,7 +36,7 @@ def main() -> int:
     """Measure, print and keep the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--small", action="store_true", help="sixteen times smaller, to try it without a GPU")
+    parser.add_argument("--small", action="store_true", help="sixteen times smaller and fewer, to try it without a GPU")
     options = parser.parse_args()
     found = {"machine": machine(), "card": _card(), **_rates(find_device(small=options.small), small=options.small)}
     options.results.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _card() -> str:
 
 @torch.no_grad()
 def _rates(device: torch.device, *, small: bool) -> dict[str, Any]:
-    shrink = 16 if small else 1
+    shrink, times, at_once = (16, 2, 2) if small else (1, TIMES, AT_ONCE)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def normal(*shape: int) -> torch.Tensor:
@@ -64,10 +64,10 @@ def _rates(device: torch.device, *, small: bool) -> dict[str, Any]:
 
     def tflops(operations: int, work: Callable[[], object]) -> float:
         def several(_: int) -> None:
-            for _ in range(AT_ONCE):
+            for _ in range(at_once):
                 work()
 
-        return AT_ONCE * operations / median_seconds(several, TIMES) / 1e12
+        return at_once * operations / median_seconds(several, times) / 1e12
 
     large, tokens = LARGE // shrink, TOKENS // shrink
     left, right = normal(large, large), normal(large, large)
@@ -95,8 +95,8 @@ def _rates(device: torch.device, *, small: bool) -> dict[str, Any]:
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     seconds = {
-        "on the device, read and written": median_seconds(lambda _: target.copy_(source), TIMES) / 2,
-        "host to device": median_seconds(lambda _: target.copy_(host, non_blocking=True), TIMES),
+        "on the device, read and written": median_seconds(lambda _: target.copy_(source), times) / 2,
+        "host to device": median_seconds(lambda _: target.copy_(host, non_blocking=True), times),
     }
     return {**found, "gigabytes_a_second": {name: size / spent / 1e9 for name, spent in seconds.items()}}
 

@@ -62,7 +62,7 @@ CONNECT_SECONDS = 10.0
 JOIN_SECONDS = 30.0
 """That Ray may take to become a part of a cluster."""
 
-WATCH_SECONDS = 2.0
+WATCH_SECONDS = 5.0
 """Between two looks at whether it still lives."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -84,6 +84,10 @@ def _environment(folder: Path) -> dict[str, str]:
         # One event loop in each actor: nothing in ours blocks it, and each change of threads costs time.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # from the front to the replicas: cheaper than tasks and objects
+        # What Ray does of itself is done beside drawing.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_enable_metrics_collection": "0",  # the front has its own
     }
 
 

@@ -183,17 +183,16 @@ class Dispatcher:
         self._busy.add(name)
         self._held[name] = job.group
         ticket.events.put_nowait(Started(name))
-        end: jobs.End | None = None
         try:
             async with aclosing(replica.draw(job)) as events:
                 async for event in events:
                     if isinstance(event, Usage):
                         self._metrics.used(name, event)
                     elif isinstance(event, jobs.End):
-                        end = event
+                        self._seconds.append(time.monotonic() - started)
+                        self._conclude(ticket, event)  # now, since the stream ends only milliseconds later
                     else:
                         ticket.events.put_nowait(event)
-            self._seconds.append(time.monotonic() - started)
         except asyncio.CancelledError:
             if ticket.ending is None:
                 raise
@@ -204,13 +203,14 @@ class Dispatcher:
             self._log("died", replica=name, request=job.id)
         except Exception:  # noqa: BLE001 - one job's bug must not end the others; it is logged whole
             self._log(traceback.format_exc(), replica=name, request=job.id)
-            end = Failed("The server made a mistake with this request; its log says more.", "server")
+            ticket.ending = Failed("The server made a mistake with this request; its log says more.", "server")
         finally:
             self._busy.discard(name)
             ticket.drawing = None
-        end = end or ticket.ending
-        if end:
-            self._conclude(ticket, end)
+        if self._tickets.get(job.id) is not ticket:
+            return  # it has ended
+        if ticket.ending:
+            self._conclude(ticket, ticket.ending)
         elif ticket.attempts < ATTEMPTS:
             self._metrics.retried()
             self._backlog.put_back(ticket.entry)

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
@@ -27,8 +27,14 @@ GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 BATCH_SECONDS = 0.1
 """That an event may wait for others: each transfer between processes takes a millisecond or two of both."""
 
-COUNT_SECONDS = 1.0
-"""How old the number of replicas may be."""
+COUNT_SECONDS = 5.0
+"""How old the number of replicas may be: Ray takes 25 ms of this process, and as much of its own, to say it."""
+
+CHANGING_COUNT_SECONDS = 1.0
+"""The same while there is none, or one has died lately."""
+
+CHANGE_SECONDS = 60.0
+"""That replacing one takes, most often."""
 
 
 class Drawing:
@@ -77,11 +83,12 @@ class Drawing:
 class RayReplica:
     """A replica that has kept itself free for one job."""
 
-    def __init__(self, handle: "DeploymentHandle[Any]", selection: Any) -> None:
-        """Take what Ray's ``choose_replica`` has given, whose type it keeps to itself."""
+    def __init__(self, handle: "DeploymentHandle[Any]", selection: Any, died: Callable[[], None]) -> None:
+        """Take what Ray's ``choose_replica`` has given, whose type it keeps to itself, and who is told of a death."""
         self.name: str = selection.replica_id
         self._handle = handle
         self._selection = selection
+        self._died = died
 
     async def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
         """Draw a job there; the last event is its end. Closing the iterator ends it.
@@ -96,6 +103,7 @@ class RayReplica:
                 for event in batch:
                     yield event
         except GONE as error:
+            self._died()
             raise LostError from error
         finally:
             # Nothing happens when it has ended.
@@ -111,6 +119,7 @@ class RayFleet:
         self._count = 0
         self._counted = 0.0
         self._counting: asyncio.Task[None] | None = None
+        self._last_death = float("-inf")
 
     @asynccontextmanager
     async def free(self, group: str) -> AsyncIterator[RayReplica]:
@@ -122,15 +131,22 @@ class RayFleet:
         handle = self._handle.options(multiplexed_model_id=group) if group else self._handle
         try:
             async with handle.draw.choose_replica() as selection:
-                yield RayReplica(handle, selection)
+                yield RayReplica(handle, selection, self._note_death)
         except GONE as error:
+            self._note_death()
             raise LostError from error
 
     def size(self) -> int:
-        """How many are ready to draw, or draw; asked of Ray once a second at most."""
-        if self._counting is None and time.monotonic() - self._counted > COUNT_SECONDS:
+        """How many are ready to draw, or draw; asked of Ray now and then."""
+        now = time.monotonic()
+        changing = not self._count or now - self._last_death < CHANGE_SECONDS
+        old = CHANGING_COUNT_SECONDS if changing else COUNT_SECONDS
+        if self._counting is None and now - self._counted > old:
             self._counting = asyncio.get_running_loop().create_task(self._ask())
         return self._count
+
+    def _note_death(self) -> None:
+        self._last_death = time.monotonic()
 
     async def _ask(self) -> None:
         try:

@@ -127,24 +127,31 @@ def _load(url: str, requests: list[dict[str, Any]]) -> None:
 
 
 def _bare(settings: Settings, requests: list[dict[str, Any]]) -> float:
-    """Seconds in which two processes draw the requests, one of them every other."""
+    """Seconds in which two processes draw the requests, one of them every other, to the last picture."""
     context = multiprocessing.get_context("spawn")
-    ready, go = context.Semaphore(0), context.Event()
-    drawers = [context.Process(target=_draw, args=(settings, requests[k::2], ready, go)) for k in range(2)]
+    ready, done, go = context.Semaphore(0), context.Semaphore(0), context.Event()
+    drawers = [context.Process(target=_draw, args=(settings, requests[k::2], ready, go, done)) for k in range(2)]
     for drawer in drawers:
         drawer.start()
-    for _ in drawers:
-        ready.acquire()
+
+    def wait(reached: Any) -> None:
+        for _ in drawers:
+            while not reached.acquire(timeout=1):
+                if any(drawer.exitcode for drawer in drawers):
+                    raise RuntimeError("A bare process has died, so nothing is measured.")
 
     def work() -> None:
         go.set()
-        for drawer in drawers:
-            drawer.join()
+        wait(done)
 
-    return _seconds(work)
+    wait(ready)
+    took = _seconds(work)
+    for drawer in drawers:
+        drawer.join()
+    return took
 
 
-def _draw(settings: Settings, requests: list[dict[str, Any]], ready: Any, go: Any) -> None:
+def _draw(settings: Settings, requests: list[dict[str, Any]], ready: Any, go: Any, done: Any) -> None:
     torch.set_num_threads(1)
     with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:  # noqa: PTH123 - names of the system
         generator = assemble(settings, log=lambda _: None)
@@ -154,6 +161,7 @@ def _draw(settings: Settings, requests: list[dict[str, Any]], ready: Any, go: An
         go.wait()
         for inputs in requests:
             generator.draw(Request.parse(**inputs))
+        done.release()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -5,13 +5,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from flux_lora.service import jobs
 from flux_lora.service.backlog import Backlog, Entry, FullError
-from flux_lora.service.jobs import BusyError, Cancelled, Event, Failed, Job, Started, State, Usage, Waiting
+from flux_lora.service.jobs import BusyError, Cancelled, Event, Failed, Finished, Job, Started, State, Usage, Waiting
 from flux_lora.service.logs import Log
 from flux_lora.service.metrics import Metrics
 
@@ -23,30 +23,24 @@ RETRY_SECONDS = (1, 600)
 
 
 class LostError(Exception):
-    """The replica that drew, or was to draw, has died."""
-
-
-class Replica(Protocol):
-    """One that is free, and kept free for us."""
-
-    name: str
-
-    def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
-        """Draw a job; the last event is its end. Closing the iterator ends it.
-
-        Raises:
-            LostError: the replica died.
-        """
+    """The replica that drew has died."""
 
 
 class Fleet(Protocol):
     """All replicas."""
 
-    def free(self, group: str) -> AbstractAsyncContextManager[Replica]:
-        """Wait until one is free, and keep it so; one that holds a group's weights if there is a choice.
+    def draw(self, job: Job, *, choose: bool) -> AsyncGenerator[Event | Usage, None]:
+        """Wait until a replica is free, and have it draw a job. Closing the iterator ends either.
+
+        Args:
+            job: to draw.
+            choose: whether one that holds the job's weights is preferred, and for a second waited for.
+
+        Returns:
+            `Started` when it begins, then what happens; the last event is its end.
 
         Raises:
-            LostError: it died before it got a job.
+            LostError: the replica died.
         """
 
     def size(self) -> int:
@@ -62,9 +56,12 @@ class _Ticket:
     accepted: float
     """By ``time.monotonic``, as what follows."""
     started: float | None = None
+    """None while it waits."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     attempts: int = 0
     drawing: asyncio.Task[None] | None = None
+    replica: str | None = None
+    """That draws it, or that is expected to."""
     ending: Failed | Cancelled | None = None
     """What is to end its drawing."""
     position: int = 0
@@ -86,8 +83,8 @@ class Dispatcher:
             backlog: decides who is next; empty.
             metrics: is told what happens.
             log: receives the operator's lines.
-            look_ahead: whether the fleet is asked for one more replica when all of them draw: it then knows that jobs
-                wait, and may grow.
+            look_ahead: whether the fleet gets one more job when all of its replicas draw: it then knows that jobs wait,
+                and may grow.
         """
         self._look_ahead = look_ahead
         self._fleet = fleet
@@ -95,10 +92,9 @@ class Dispatcher:
         self._metrics = metrics
         self._log = log
         self._tickets: dict[str, _Ticket] = {}
-        self._held: dict[str, str] = {}  # by replica: whose weights it holds
-        self._busy: set[str] = set()  # the replicas that draw
-        self._tasks: set[asyncio.Task[None]] = set()  # each waits for a replica, or has one draw
-        self._looking = False  # one of them waits for a replica
+        self._held: dict[str, str] = {}  # by replica, those last that drew last: whose weights it holds
+        self._sent: dict[str, _Ticket] = {}  # by job: those that the fleet has
+        self._tasks: set[asyncio.Task[None]] = set()  # one for each of these
         self._closing = False
         self._seconds: deque[float] = deque(maxlen=32)  # that drawing took
 
@@ -130,7 +126,8 @@ class Dispatcher:
 
     def state(self) -> State:
         """How it stands."""
-        return State(replicas=self._fleet.size(), waiting=len(self._backlog), running=len(self._busy))
+        running = sum(ticket.started is not None for ticket in self._tickets.values())
+        return State(replicas=self._fleet.size(), waiting=len(self._tickets) - running, running=running)
 
     def _end(self, job_id: str, ending: Failed | Cancelled) -> None:
         ticket = self._tickets.get(job_id)
@@ -144,75 +141,88 @@ class Dispatcher:
             self._tell_positions()
 
     def _look(self) -> None:
-        """Have somebody wait for a free replica, if there is a job for it, and may be a replica."""
-        idle = len(self._busy) < max(1, self._fleet.size())
-        if len(self._backlog) and not (self._looking or self._closing) and (idle or self._look_ahead):
-            self._looking = True
-            task = asyncio.get_running_loop().create_task(self._serve())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        """Give jobs to the fleet, as long as some wait and a replica may be free."""
+        while len(self._backlog) and not self._closing:
+            free = max(1, self._fleet.size()) - len(self._sent)
+            if free < (0 if self._look_ahead else 1):
+                break
+            self._send(free)
+        self._tell_positions()
 
-    async def _serve(self) -> None:
-        """Wait for a free replica, and have it draw one job."""
-        looking = True
-        try:
-            several = self._fleet.size() - len(self._busy) > 1
-            async with self._fleet.free(self._backlog.first_group() if several else "") as replica:
-                self._looking = looking = False
-                elsewhere = {group for name in self._busy if (group := self._held.get(name))}
-                entry = self._backlog.take(self._held.get(replica.name), elsewhere)
-                self._look()  # another may be free, too
-                if entry:
-                    self._tell_positions()
-                    await self._draw(self._tickets[entry.id], replica)
-        except LostError:
-            pass  # it died before it got a job
-        except asyncio.CancelledError:  # not by us, who end drawings within `_draw`: the loop ends
-            self._closing = True
-            raise
-        finally:
-            if looking:
-                self._looking = False
-            self._look()
+    def _send(self, free: int) -> None:
+        """Give the fleet the job that suits a free replica best.
 
-    async def _draw(self, ticket: _Ticket, replica: Replica) -> None:
-        job, name = ticket.job, replica.name
+        Args:
+            free: how many replicas are.
+        """
+        busy = {ticket.replica for ticket in self._sent.values()}
+        idle = [(name, group) for name, group in reversed(self._held.items()) if name not in busy][: max(free, 0)]
+        elsewhere = {ticket.job.group for ticket in self._sent.values()}
+        first = self._backlog.first_group()
+        name, held = next((one for one in idle if one[1] == first), idle[0] if idle else (None, None))
+        entry = self._backlog.take(held, elsewhere)
+        if entry is None:
+            return
+        ticket = self._sent[entry.id] = self._tickets[entry.id]
+        ticket.replica, ticket.position = name, 0
+        # Where only one that draws holds them, nobody waits for that.
+        choose = free > 1 and (entry.group == held or entry.group not in elsewhere)
+        task = asyncio.get_running_loop().create_task(self._draw(ticket, choose=choose))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _draw(self, ticket: _Ticket, *, choose: bool) -> None:
+        job = ticket.job
         ticket.drawing, ticket.attempts = asyncio.current_task(), ticket.attempts + 1
-        ticket.started = started = time.monotonic()
-        ticket.position = 0
-        self._busy.add(name)
-        self._held[name] = job.group
-        ticket.events.put_nowait(Started(name))
         try:
-            async with aclosing(replica.draw(job)) as events:
-                async for event in events:
-                    if isinstance(event, Usage):
-                        self._metrics.used(name, event)
-                    elif isinstance(event, jobs.End):
-                        self._seconds.append(time.monotonic() - started)
-                        self._conclude(ticket, event)  # now, since the stream ends only milliseconds later
-                    else:
-                        ticket.events.put_nowait(event)
+            if not ticket.ending:
+                async with aclosing(self._fleet.draw(job, choose=choose)) as events:
+                    async for event in events:
+                        self._note(ticket, event)
         except asyncio.CancelledError:
-            if ticket.ending is None:
+            if ticket.ending is None:  # not by us: the loop ends
+                self._closing = True
                 raise
             ticket.drawing.uncancel()  # type: ignore[union-attr]
         except LostError:
+            name = ticket.replica or ""
             self._held.pop(name, None)
             self._metrics.lost(name)
             self._log("died", replica=name, request=job.id)
         except Exception:  # noqa: BLE001 - one job's bug must not end the others; it is logged whole
-            self._log(traceback.format_exc(), replica=name, request=job.id)
+            self._log(traceback.format_exc(), replica=ticket.replica or "", request=job.id)
             ticket.ending = Failed("The server made a mistake with this request; its log says more.", "server")
         finally:
-            self._busy.discard(name)
+            del self._sent[job.id]
             ticket.drawing = None
-        if self._tickets.get(job.id) is not ticket:
-            return  # it has ended
+        if job.id in self._tickets:
+            self._settle(ticket)
+        self._look()
+
+    def _note(self, ticket: _Ticket, event: Event | Usage) -> None:
+        """Take what a replica says of a job that it draws."""
+        match event:
+            case Usage():
+                self._metrics.used(ticket.replica or "", event)
+            case Finished() | Failed() | Cancelled():
+                if ticket.started:
+                    self._seconds.append(time.monotonic() - ticket.started)
+                self._conclude(ticket, event)  # now, for the stream ends only milliseconds later
+            case Started(name):
+                ticket.started, ticket.replica = time.monotonic(), name
+                self._held.pop(name, None)
+                self._held[name] = ticket.job.group
+                ticket.events.put_nowait(event)
+            case _:
+                ticket.events.put_nowait(event)
+
+    def _settle(self, ticket: _Ticket) -> None:
+        """Go on with a job that is drawn no more, and has not come to its end."""
         if ticket.ending:
             self._conclude(ticket, ticket.ending)
         elif ticket.attempts < ATTEMPTS:
             self._metrics.retried()
+            ticket.started = None
             self._backlog.put_back(ticket.entry)
             self._tell_positions()
         else:

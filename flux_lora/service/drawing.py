@@ -129,7 +129,6 @@ class Studio:
         except BaseException as error:  # noqa: BLE001 - it is raised again where events are read
             self._running, told = 0, error
         self._tell(told)
-        self.generator.parts.outputs.discard()  # after that, since nobody waits for it
 
     def _interrupt(self) -> None:
         """Raise `StoppedError` in what takes no steps, as a LoRA's download; Cog cancels by the same means."""
@@ -153,6 +152,7 @@ class Studio:
                 )
                 for path in paths
             )
+            self.generator.parts.outputs.discard()
             return Finished(pictures, metrics)
         except FluxLoraError as error:
             return Failed(str(error), next(kind for base, kind in KINDS if isinstance(error, base)), metrics)

@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, cast
 
 from ray import serve
@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from flux_lora.assembly import assemble
 from flux_lora.service.dispatcher import LostError
 from flux_lora.service.drawing import Studio
-from flux_lora.service.jobs import Event, Job, Usage
+from flux_lora.service.jobs import Event, Job, Started, Usage
 from flux_lora.service.logs import Log
 from flux_lora.service.previews import Previews
 from flux_lora.settings import Settings
@@ -46,7 +46,7 @@ class Drawing:
         Raises:
             FluxLoraError: set-up is impossible.
         """
-        name = serve.get_replica_context().replica_id.unique_id
+        self._name = name = serve.get_replica_context().replica_id.unique_id
         self._studio = Studio(
             lambda line: assemble(settings, settings.cog_weights, line),
             lambda text, job: log(text, replica=name, request=job),
@@ -59,7 +59,8 @@ class Drawing:
         return group
 
     async def draw(self, job: Job) -> AsyncGenerator[list[Event | Usage], None]:
-        """Draw a job; its events come in batches, and the last one is its end."""
+        """Draw a job; its events come in batches, from `Started` to its end."""
+        yield [Started(self._name)]
         await self.hold(job.group)
         try:
             async with aclosing(self._studio.batches(job, BATCH_SECONDS)) as batches:
@@ -80,36 +81,6 @@ class Drawing:
         return await asyncio.to_thread(self._studio.generator.healthy)
 
 
-class RayReplica:
-    """A replica that has kept itself free for one job."""
-
-    def __init__(self, handle: "DeploymentHandle[Any]", selection: Any, died: Callable[[], None]) -> None:
-        """Take what Ray's ``choose_replica`` has given, whose type it keeps to itself, and who is told of a death."""
-        self.name: str = selection.replica_id
-        self._handle = handle
-        self._selection = selection
-        self._died = died
-
-    async def draw(self, job: Job) -> AsyncGenerator[Event | Usage, None]:
-        """Draw a job there; the last event is its end. Closing the iterator ends it.
-
-        Raises:
-            LostError: the replica died.
-        """
-        response = self._handle.dispatch(self._selection, job)
-        batches = cast("DeploymentResponseGenerator[list[Event | Usage]]", response)  # as stream=True has it
-        try:
-            async for batch in batches:
-                for event in batch:
-                    yield event
-        except GONE as error:
-            self._died()
-            raise LostError from error
-        finally:
-            # Nothing happens when it has ended.
-            batches.cancel()  # type: ignore[no-untyped-call]  # Ray's method is untyped
-
-
 class RayFleet:
     """All replicas of a deployment."""
 
@@ -121,20 +92,32 @@ class RayFleet:
         self._counting: asyncio.Task[None] | None = None
         self._last_death = float("-inf")
 
-    @asynccontextmanager
-    async def free(self, group: str) -> AsyncIterator[RayReplica]:
-        """Wait until one is free, and keep it so; one that holds a group's weights if there is a choice.
+    async def draw(self, job: Job, *, choose: bool) -> AsyncGenerator[Event | Usage, None]:
+        """Wait until a replica is free, and have it draw a job. Closing the iterator ends either.
+
+        Args:
+            job: to draw.
+            choose: whether one that holds the job's weights is preferred, and for a second waited for.
+
+        Returns:
+            `Started` when it begins, then what happens; the last event is its end.
 
         Raises:
-            LostError: it died before it got a job.
+            LostError: the replica died.
         """
-        handle = self._handle.options(multiplexed_model_id=group) if group else self._handle
+        handle = self._handle.options(multiplexed_model_id=job.group) if choose else self._handle
+        response = handle.draw.remote(job)
+        batches = cast("DeploymentResponseGenerator[list[Event | Usage]]", response)  # as stream=True has it
         try:
-            async with handle.draw.choose_replica() as selection:
-                yield RayReplica(handle, selection, self._note_death)
+            async for batch in batches:
+                for event in batch:
+                    yield event
         except GONE as error:
-            self._note_death()
+            self._last_death = time.monotonic()
             raise LostError from error
+        finally:
+            # Nothing happens when it has ended.
+            batches.cancel()  # type: ignore[no-untyped-call]  # Ray's method is untyped
 
     def size(self) -> int:
         """How many are ready to draw, or draw; asked of Ray now and then."""
@@ -144,9 +127,6 @@ class RayFleet:
         if self._counting is None and now - self._counted > old:
             self._counting = asyncio.get_running_loop().create_task(self._ask())
         return self._count
-
-    def _note_death(self) -> None:
-        self._last_death = time.monotonic()
 
     async def _ask(self) -> None:
         try:

@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 import uvicorn
 
@@ -14,7 +14,7 @@ from flux_lora.service.backlog import Backlog
 from flux_lora.service.dispatcher import Dispatcher
 from flux_lora.service.drawing import Preview, Studio
 from flux_lora.service.front import Front
-from flux_lora.service.jobs import Event, Job, Usage
+from flux_lora.service.jobs import Event, Job, Started, Usage
 from flux_lora.service.logs import Log
 from flux_lora.service.metrics import Metrics
 from flux_lora.service.predictions import Predictions
@@ -46,13 +46,15 @@ class LocalFleet:
         self._free = list(replicas)
         self._changed = asyncio.Condition()
 
-    @asynccontextmanager
-    async def free(self, group: str) -> AsyncIterator[LocalReplica]:  # noqa: ARG002 - these have no preference
+    async def draw(self, job: Job, *, choose: bool) -> AsyncGenerator[Event | Usage, None]:  # noqa: ARG002 - no preference
         async with self._changed:
             await self._changed.wait_for(lambda: self._free)
             replica = self._free.pop()
         try:
-            yield replica
+            yield Started(replica.name)
+            async with aclosing(replica.draw(job)) as events:
+                async for event in events:
+                    yield event
         finally:
             self._free.append(replica)
             async with self._changed:

@@ -1,8 +1,8 @@
 """What the dispatcher does when a replica dies: replicas of a few lines, whose deaths can be ordered."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from flux_lora.request import Request
 from flux_lora.service.backlog import Backlog
@@ -21,16 +21,20 @@ class Fleet:
     def __init__(self, *draws: Draw) -> None:
         self.replicas = [Replica(str(k), draw) for k, draw in enumerate(draws)]
         self.drew: list[tuple[str, str]] = []
+        self.chosen: list[bool] = []
         self._free = asyncio.Queue[Replica]()
         for replica in self.replicas:
             replica.drew = self.drew
             self._free.put_nowait(replica)
 
-    @asynccontextmanager
-    async def free(self, group: str) -> AsyncIterator["Replica"]:  # noqa: ARG002 - these hold nothing
+    async def draw(self, job: Job, *, choose: bool) -> AsyncGenerator[Event | Usage, None]:
+        self.chosen.append(choose)
         replica = await self._free.get()
         try:
-            yield replica
+            yield Started(replica.name)
+            async with aclosing(replica.draw(job)) as events:
+                async for event in events:
+                    yield event
         finally:
             self._free.put_nowait(replica)
 
@@ -73,8 +77,8 @@ def job(name: str, **inputs: object) -> Job:
     return Job(name, Request.parse(prompt="a tomato", **inputs))
 
 
-def dispatcher(fleet: Fleet) -> Dispatcher:
-    return Dispatcher(fleet, Backlog(10, 10, 8), Metrics(), Log())
+def dispatcher(fleet: Fleet, *, look_ahead: bool = False) -> Dispatcher:
+    return Dispatcher(fleet, Backlog(10, 10, 8), Metrics(), Log(), look_ahead=look_ahead)
 
 
 async def events_of(backend: Dispatcher, asked: Job) -> list[Event]:
@@ -136,6 +140,94 @@ def test_a_job_is_cancelled_before_during_and_after() -> None:
     asyncio.run(run())
 
 
+def test_a_job_that_is_cancelled_at_once_is_not_drawn() -> None:
+    async def run() -> None:
+        fleet = Fleet(draws)
+        backend = dispatcher(fleet)
+        events = backend.submit(job("a"))
+        backend.cancel("a")
+        assert [event async for event in events] == [Waiting(1), Cancelled()]
+        assert (await events_of(backend, job("b")))[-1] == DONE
+        assert fleet.drew == [("0", "b")]
+
+    asyncio.run(run())
+
+
+def test_the_end_is_told_when_it_is_there_and_the_next_job_waits_for_the_replica() -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def lingers(_: Job) -> AsyncGenerator[Event | Usage, None]:
+            yield DONE
+            await ended.wait()
+
+        fleet = Fleet(lingers)
+        backend = dispatcher(fleet)
+        assert (await events_of(backend, job("a")))[-1] == DONE
+        assert (backend.state().waiting, backend.state().running) == (0, 0)
+        second = backend.submit(job("b"))
+        assert await anext(second) == Waiting(1)
+        await asyncio.sleep(0.05)
+        assert fleet.drew == [("0", "a")]
+        ended.set()
+        assert [event async for event in second] == [Started("0"), DONE]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_dies_after_the_end_takes_nothing_back() -> None:
+    async def dies_late(_: Job) -> AsyncGenerator[Event | Usage, None]:
+        yield DONE
+        raise LostError
+
+    async def run() -> None:
+        fleet = Fleet(dies_late, draws)
+        backend = dispatcher(fleet)
+        assert (await events_of(backend, job("a")))[-1] == DONE
+        assert (await events_of(backend, job("b")))[-1] == DONE
+        assert fleet.drew == [("0", "a"), ("1", "b")]
+
+    asyncio.run(run())
+
+
+def test_a_replica_with_the_weights_is_asked_for_where_several_are_free_and_it_is_none_that_draws() -> None:
+    async def run() -> None:
+        drawn = asyncio.Event()
+
+        async def waits(_: Job) -> AsyncGenerator[Event | Usage, None]:
+            await drawn.wait()
+            yield DONE
+
+        fleet = Fleet(waits, draws, draws)
+        backend = dispatcher(fleet)
+        first = backend.submit(job("a", replicate_weights="x"))
+        assert [await anext(first), await anext(first)] == [Waiting(1), Started("0")]
+        await events_of(backend, job("b", replicate_weights="x"))  # only a replica that draws holds x
+        await events_of(backend, job("c", replicate_weights="x"))  # another one does
+        assert fleet.chosen == [True, False, True]
+        last = backend.submit(job("d", replicate_weights="y"))
+        await events_of(backend, job("e", replicate_weights="y"))  # one is left
+        assert fleet.chosen == [True, False, True, True, False]
+        drawn.set()
+        assert [event async for event in last][-1] == [event async for event in first][-1] == DONE
+
+    asyncio.run(run())
+
+
+def test_a_fleet_that_may_grow_gets_one_job_more_than_it_has_replicas() -> None:
+    async def run() -> None:
+        for look_ahead, given in ((False, 1), (True, 2)):
+            fleet = Fleet(never)
+            backend = dispatcher(fleet, look_ahead=look_ahead)
+            for name in "abc":
+                backend.submit(job(name))
+            await asyncio.sleep(0.05)
+            assert len(fleet.chosen) == given
+            assert (backend.state().waiting, backend.state().running) == (2, 1)
+
+    asyncio.run(run())
+
+
 def test_positions_are_told_as_they_change() -> None:
     async def run() -> None:
         backend = dispatcher(Fleet(never))
@@ -143,8 +235,7 @@ def test_positions_are_told_as_they_change() -> None:
         assert await anext(streams[0]) == Waiting(1)
         assert await anext(streams[0]) == Started("0")
         backend.cancel("a")
-        third = [await anext(streams[2]) for _ in range(3)]
-        assert third == [Waiting(3), Waiting(2), Waiting(1)]
+        assert [await anext(streams[2]) for _ in range(2)] == [Waiting(2), Waiting(1)]
 
     asyncio.run(run())
 

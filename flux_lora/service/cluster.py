@@ -40,8 +40,11 @@ cat
 sleep 3
 for round in 1 2 3 4 5 6 7 8 9 10; do
     found=
-    for of in /proc/[0-9]*/environ; do
-        if grep -qsaF "RAY_TMPDIR=$1" "$of"; then found=1; of=${of#/proc/}; kill -9 "${of%/environ}"; fi
+    for of in /proc/[0-9]*; do
+        if grep -qsaF "RAY_TMPDIR=$1" "$of/environ" || ls -l "$of/fd" 2>/dev/null | grep -qF -- "-> $1/"; then
+            found=1
+            kill -9 "${of#/proc/}"
+        fi
     done
     [ "$found" ] || break
     sleep 1
@@ -50,7 +53,8 @@ rm -rf -- "$1"
 """
 """Ends what is left, and removes the folder, when whoever started this has ended, however that was.
 
-It looks until it finds none, for Ray may be starting a process while it looks.
+It looks until it finds none, for Ray may be starting a process while it looks. Ray's agents write their titles over
+their environment: these are known by what they have open there.
 """
 
 POLL_SECONDS = 0.3

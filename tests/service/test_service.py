@@ -277,7 +277,7 @@ def test_nothing_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
     everyone = psutil.Process(running.process.pid).children(recursive=True)
     running.process.kill()
     running.process.wait()
-    wait_for(lambda: not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 60)
+    wait_for(lambda: not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 30)
     wait_for(lambda: not list((tmp_path / "tmp").glob("fl-ray-*")), 60)
 
 

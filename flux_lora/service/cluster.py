@@ -41,6 +41,7 @@ sleep 3
 for round in 1 2 3 4 5 6 7 8 9 10; do
     found=
     for of in /proc/[0-9]*; do
+        [ "$of" = "/proc/$PPID" ] && continue
         if grep -qsaF "RAY_TMPDIR=$1" "$of/environ" || ls -l "$of/fd" 2>/dev/null | grep -qF -- "-> $1/"; then
             found=1
             kill -9 "${of#/proc/}"
@@ -54,7 +55,7 @@ rm -rf -- "$1"
 """Ends what is left, and removes the folder, when whoever started this has ended, however that was.
 
 It looks until it finds none, for Ray may be starting a process while it looks. Ray's agents write their titles over
-their environment: these are known by what they have open there.
+their environment: these are known by what they have open there, as whoever started this has, who waits for its end.
 """
 
 POLL_SECONDS = 0.3
@@ -89,6 +90,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # from the front to the replicas: cheaper than tasks and objects
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # pictures are longer than its 4 MB
         # What Ray does of itself is done beside drawing.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_enable_metrics_collection": "0",  # the front has its own

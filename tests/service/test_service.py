@@ -1,5 +1,7 @@
 """The service as ``scripts/service`` runs it: Ray, two replicas of the miniature, callers over HTTP."""
 
+import base64
+import io
 import os
 import random
 import re
@@ -20,9 +22,11 @@ import httpx
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flux_lora.assembly import assemble
+from flux_lora.inputs import EXTENDED
 from flux_lora.request import Request
 from flux_lora.settings import Settings
 from tests.conftest import MINI, ROOT
@@ -104,7 +108,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Service]:
-    running = start(tmp_path_factory.mktemp("service"), weights, FLUX_REPLICAS="2")
+    running = start(tmp_path_factory.mktemp("service"), weights, "--extended", FLUX_REPLICAS="2")
     try:
         wait_for(lambda: running.process.poll() is not None or b"Ready at" in running.log.read_bytes(), START_SECONDS)
         assert running.process.poll() is None, running.log.read_text()
@@ -138,7 +142,7 @@ def reference(weights: Path) -> Any:
     def draw(inputs: dict[str, Any]) -> list[bytes]:
         key = repr(sorted(inputs.items()))
         if key not in known:
-            known[key] = [path.read_bytes() for path in generator.draw(Request.parse(**inputs))]
+            known[key] = [path.read_bytes() for path in generator.draw(Request.parse(EXTENDED, **inputs))]
         return known[key]
 
     return draw
@@ -170,6 +174,16 @@ def test_a_load_of_many_loras(service: Service, reference: Any, requests: int) -
     assert 2 * changes <= first_come
     wait_for(lambda: drawings(service) >= ends + requests)
     assert drawings(service) == ends + requests
+
+
+def test_pictures_of_many_megabytes_pass(service: Service) -> None:
+    """Noise, which no file format makes smaller, on the way there."""
+    noise = random.Random(0).randbytes(3 * 2000 * 2000)
+    file = io.BytesIO()
+    Image.frombytes("RGB", (2000, 2000), noise).save(file, "PNG", compress_level=0)
+    image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    answer = service.draw({"prompt": "a tomato", "seed": 1, "image": image, **QUICK})
+    assert answer["status"] == "succeeded", answer["error"]
 
 
 def drawings(service: Service) -> int:

@@ -46,7 +46,7 @@ class LocalFleet:
         self._free = list(replicas)
         self._changed = asyncio.Condition()
 
-    async def draw(self, job: Job, *, choose: bool) -> AsyncGenerator[Event | Usage, None]:  # noqa: ARG002 - no preference
+    async def draw(self, job: Job, **_: bool) -> AsyncGenerator[Event | Usage, None]:  # without a preference
         async with self._changed:
             await self._changed.wait_for(lambda: self._free)
             replica = self._free.pop()

@@ -67,8 +67,8 @@ CONNECT_SECONDS = 10.0
 JOIN_SECONDS = 30.0
 """That Ray may take to become a part of a cluster."""
 
-WATCH_SECONDS = 5.0
-"""Between two looks at whether it still lives."""
+WATCH_SECONDS = 15.0
+"""Between two looks at whether it still lives, each of which takes a twentieth of a second of processors."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory for what travels between processes: pictures of a few MB."""
@@ -94,6 +94,7 @@ def _environment(folder: Path) -> dict[str, str]:
         # What Ray does of itself is done beside drawing.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_enable_metrics_collection": "0",  # the front has its own
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",
     }
 
 

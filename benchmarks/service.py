@@ -143,7 +143,7 @@ def _load(url: str, requests: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def _standing_still(process: psutil.Process) -> Iterator[None]:
-    """Stop a process and all below it meanwhile: even idle, Ray takes a tenth of a core."""
+    """Stop a process and all below it meanwhile: even idle, Ray takes 75 ms of a core in each second."""
     stopped = [process, *process.children(recursive=True)]
     try:
         for one in stopped:
